@@ -1,0 +1,1 @@
+"""Planning sequences into chunks and running them with exact gradients."""

@@ -1,0 +1,417 @@
+"""Runs planned lanes through a few compiled programs and adds up their sums."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxchunk.chunking import chunk_outer, layer_outer
+from jaxchunk.chunking.lanes import (
+  LaneArrays,
+  capacity_chunks,
+  pack_lanes,
+  pad_lane,
+)
+from jaxchunk.chunking.memory import (
+  STRATEGIES,
+  Strategy,
+  state_bytes_per_token,
+)
+from jaxchunk.chunking.ops import (
+  Keep,
+  Lane,
+  Stage,
+  state_of,
+  weighted_sum,
+)
+from jaxchunk.chunking.plan import ChunkPlan, chunk_plan
+from jaxchunk.chunking.trainable import Trainable
+from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.transformer import Transformer
+from jaxchunk.types import Example, check_vocabulary
+
+_GRAD_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+class Sums(NamedTuple):
+  """Sums over a batch, to be divided once by the global weight.
+
+  Attributes:
+    loss: `sum(weights * nll)`, a scalar on device.
+    weight: `sum(weights)`.
+    grads: Gradients of `loss`, in at least fp32; `None` if not asked for.
+    plan: How the batch was cut into chunks.
+  """
+
+  loss: Float[Array, ""]
+  weight: float
+  grads: nnx.State | None
+  plan: ChunkPlan
+
+
+class Options(NamedTuple):
+  """What a lane program is compiled for, besides shapes.
+
+  Attributes:
+    chunk_size: C.
+    live_chunks: K.
+    strategy: Which loop is outside.
+    trainable: Which parameters get gradients.
+    keep: What a live chunk keeps of each layer.
+    grad_dtype: Of the gradients of keys and values; `None` is at least fp32.
+  """
+
+  chunk_size: int
+  live_chunks: int
+  strategy: Strategy
+  trainable: Trainable
+  keep: Keep = "all"
+  grad_dtype: str | None = None
+
+  def stage(self, cfg: ModelConfig) -> Stage:
+    """The stage of all layers."""
+    states = tuple(
+      state_of(cfg, window, self.chunk_size, self.grad_dtype)
+      for window in cfg.window_pattern
+    )
+    return Stage(self.chunk_size, states, self.trainable, self.keep)
+
+
+def choose_strategy(
+  cfg: ModelConfig, live_chunks: int, grad_dtype: str | None = None
+) -> Strategy:
+  """The strategy with the smaller state per token.
+
+  Live chunks other than one are a wish about chunk-outer and decide for it.
+  """
+  if live_chunks != 1:
+    return "chunk_outer"
+  chunk, layer = (
+    state_bytes_per_token(cfg, strategy, grad_dtype) for strategy in STRATEGIES
+  )
+  return "chunk_outer" if chunk <= layer else "layer_outer"
+
+
+def make_options(
+  model: Transformer,
+  *,
+  chunk_size: int,
+  live_chunks: int = 1,
+  strategy: Strategy | None = None,
+  trainable: Any = None,
+  keep: Keep = "all",
+  grad_dtype: str | None = None,
+) -> Options:
+  """Checks and completes what a program is compiled for.
+
+  Raises:
+    ValueError: A number is out of range or a name unknown.
+  """
+  if not isinstance(chunk_size, int | np.integer) or chunk_size < 1:
+    raise ValueError(f"chunk_size={chunk_size!r} must be a positive integer")
+  if not isinstance(live_chunks, int | np.integer) or live_chunks < 0:
+    raise ValueError(
+      f"live_chunks={live_chunks!r} must be an integer, 0 or more"
+    )
+  if strategy is None:
+    strategy = choose_strategy(model.cfg, live_chunks, grad_dtype)
+  if strategy not in STRATEGIES:
+    raise ValueError(f"strategy={strategy!r} is not one of {list(STRATEGIES)}")
+  if keep not in ("all", "inputs"):
+    raise ValueError(f"keep={keep!r} is not one of ['all', 'inputs']")
+  if grad_dtype not in (None, *_GRAD_DTYPES):
+    raise ValueError(
+      f"grad_dtype={grad_dtype!r} is not one of {list(_GRAD_DTYPES)}, or None"
+    )
+  return Options(
+    int(chunk_size),
+    int(live_chunks),
+    strategy,
+    Trainable.of(model, trainable),
+    keep,
+    grad_dtype,
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=("options",), donate_argnames=("totals",)
+)
+def lane_program(
+  model: Transformer,
+  lane: Lane,
+  num_chunks: Array,
+  totals: tuple[Array, list[Array]],
+  rng: PRNGKeyArray | None,
+  *,
+  options: Options,
+) -> tuple[Array, list[Array]]:
+  """Adds a lane's loss and gradients to the donated totals."""
+  stage = options.stage(model.cfg)
+  capacity = lane.tokens.shape[1] // options.chunk_size
+  # In one chunk there is nothing to choose.
+  if options.strategy == "layer_outer" and capacity > 1:
+    return layer_outer.lane_gradient(
+      stage, model, lane, num_chunks, totals, rng
+    )
+  return chunk_outer.lane_gradient(
+    stage, options.live_chunks, model, lane, num_chunks, totals, rng
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("options",))
+def nll_program(
+  model: Transformer, lane: Lane, num_chunks: Array, *, options: Options
+) -> Array:
+  """Negative log-likelihood of every token of a lane."""
+  stage = options.stage(model.cfg)
+  return chunk_outer.lane_nll(stage, model, lane, num_chunks)
+
+
+@functools.partial(jax.jit, static_argnames=("options",))
+def loss_program(
+  model: Transformer,
+  lane: Lane,
+  num_chunks: Array,
+  total: Array,
+  *,
+  options: Options,
+) -> Array:
+  """Adds `sum(weights * nll)` of a lane to the total."""
+  nll = chunk_outer.lane_nll(options.stage(model.cfg), model, lane, num_chunks)
+  return total + weighted_sum(lane.weights, nll)
+
+
+@functools.partial(jax.jit, static_argnames=("trainable",))
+def _zero_totals(
+  model: Transformer, *, trainable: Trainable
+) -> tuple[Array, list[Array]]:
+  loss = jnp.zeros((), jnp.promote_types(model.cfg.dtype, jnp.float32))
+  return loss, trainable.zeros(model)
+
+
+def accumulate(
+  model: Transformer,
+  examples: Sequence[Example],
+  *,
+  chunk_size: int,
+  live_chunks: int = 1,
+  strategy: Strategy | None = None,
+  trainable: Any = None,
+  rng: PRNGKeyArray | None = None,
+  keep: Keep = "all",
+  grad_dtype: str | None = None,
+) -> Sums:
+  """Sums of loss and gradients over sequences, run by chunks.
+
+  The sums do not depend on the chunk size, the packing or the strategy, and
+  add up over calls and devices; divide them once by the global weight. Work
+  is dispatched asynchronously: nothing waits for the device.
+
+  Args:
+    model: The model.
+    examples: Sequences of any length.
+    chunk_size: C, tokens per chunk.
+    live_chunks: K, chunks that keep their activations at once; means nothing
+      to "layer_outer".
+    strategy: "chunk_outer", "layer_outer", or `None` for the one with the
+      smaller state per token.
+    trainable: Which parameters; see `Trainable.of`.
+    rng: Key for dropout; `None` is no dropout.
+    keep: What live chunks keep of each layer, "all" products or "inputs".
+    grad_dtype: Of the gradients of keys and values; at least fp32 by default.
+
+  Returns:
+    The sums; `grads` has the structure of `nnx.state(model, trainable)`.
+
+  Raises:
+    ValueError: An argument is out of range.
+  """
+  options = make_options(
+    model,
+    chunk_size=chunk_size,
+    live_chunks=live_chunks,
+    strategy=strategy,
+    trainable=trainable,
+    keep=keep,
+    grad_dtype=grad_dtype,
+  )
+  check_vocabulary(examples, model.cfg.vocab_size)
+  plan = chunk_plan([len(e) for e in examples], options.chunk_size)
+  totals = _zero_totals(model, trainable=options.trainable)
+  for lane, num_chunks in place_lanes(model, pack_lanes(examples, plan), plan):
+    totals = lane_program(model, lane, num_chunks, totals, rng, options=options)
+  loss, grads = totals
+  return Sums(loss, _weight(examples), options.trainable.state(grads), plan)
+
+
+def warm_up(
+  model: Transformer,
+  longest: int,
+  *,
+  chunk_size: int,
+  live_chunks: int = 1,
+  strategy: Strategy | None = None,
+  trainable: Any = None,
+  rng: PRNGKeyArray | None = None,
+  keep: Keep = "all",
+  grad_dtype: str | None = None,
+) -> int:
+  """Compiles every program that `accumulate` may need, by running it once.
+
+  Which capacities a batch needs depends on what is in it; after this no batch
+  compiles anything.
+
+  Args:
+    model: As `accumulate`, like the other arguments.
+    longest: Length of the longest sequence to come, in tokens.
+    chunk_size: C.
+    live_chunks: K.
+    strategy: Which loop is outside.
+    trainable: Which parameters.
+    rng: Any key if dropout will be used.
+    keep: What live chunks keep.
+    grad_dtype: Of the gradients of keys and values.
+
+  Returns:
+    How many programs there are: at most `2 + log2(longest / C)`, for a
+    longest of C or more.
+  """
+  options = make_options(
+    model,
+    chunk_size=chunk_size,
+    live_chunks=live_chunks,
+    strategy=strategy,
+    trainable=trainable,
+    keep=keep,
+    grad_dtype=grad_dtype,
+  )
+  token = np.zeros(1, np.int32)
+  example = Example(token, token, np.zeros(1, np.float32))
+  plan = chunk_plan([1], options.chunk_size)
+  (arrays,) = pack_lanes([example], plan)
+  totals = _zero_totals(model, trainable=options.trainable)
+  top = capacity_chunks(-(-longest // options.chunk_size))
+  capacities = [1 << n for n in range(top.bit_length())]
+  for capacity in capacities:
+    for lane, num_chunks in place_lanes(model, [arrays], plan, capacity):
+      totals = lane_program(
+        model, lane, num_chunks, totals, rng, options=options
+      )
+  return len(capacities)
+
+
+def loss_sums(
+  model: Transformer, examples: Sequence[Example], *, chunk_size: int
+) -> Sums:
+  """Sums of the loss over sequences, forward only; see `accumulate`.
+
+  Args:
+    model: The model.
+    examples: Sequences of any length.
+    chunk_size: C, tokens per chunk.
+
+  Returns:
+    The sums, with `grads` `None`.
+
+  Raises:
+    ValueError: An argument is out of range, or a token not in the vocabulary.
+  """
+  options = make_options(model, chunk_size=chunk_size)
+  check_vocabulary(examples, model.cfg.vocab_size)
+  plan = chunk_plan([len(e) for e in examples], options.chunk_size)
+  lanes = pack_lanes(examples, plan)
+  wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+  total = jax.device_put(np.zeros((), wide), data_sharding(model))
+  for lane, num_chunks in place_lanes(model, lanes, plan):
+    total = loss_program(model, lane, num_chunks, total, options=options)
+  return Sums(total, _weight(examples), None, plan)
+
+
+def token_nll(
+  model: Transformer, examples: Sequence[Example], *, chunk_size: int
+) -> list[np.ndarray]:
+  """Negative log-likelihood of every target of every sequence, `[T]` each.
+
+  Args:
+    model: The model.
+    examples: Sequences of any length.
+    chunk_size: C, tokens per chunk.
+
+  Returns:
+    Unweighted nll in at least fp32, on the host, in the order given.
+  """
+  options = make_options(model, chunk_size=chunk_size)
+  check_vocabulary(examples, model.cfg.vocab_size)
+  plan = chunk_plan([len(e) for e in examples], options.chunk_size)
+  lanes = pack_lanes(examples, plan)
+  running = [
+    nll_program(model, lane, num_chunks, options=options)
+    for lane, num_chunks in place_lanes(model, lanes, plan)
+  ]
+  nll: dict[int, np.ndarray] = {}
+  for lane, out in zip(plan.lanes, running, strict=True):
+    row = np.asarray(out)[0]
+    for sequence, offset in lane.sequences:
+      nll[sequence] = row[offset : offset + len(examples[sequence])]
+  return [nll[n] for n in range(len(examples))]
+
+
+def _weight(examples: Sequence[Example]) -> float:
+  return float(sum(e.weights.sum(dtype=np.float64) for e in examples))
+
+
+def place_lanes(
+  model: Transformer,
+  lanes: Sequence[LaneArrays],
+  plan: ChunkPlan,
+  chunks: int = 1,
+) -> Iterator[tuple[Lane, Array]]:
+  """Pads lanes to their capacity and puts them where the model is.
+
+  Args:
+    model: The model.
+    lanes: From `pack_lanes`.
+    plan: Of the lanes.
+    chunks: The least capacity.
+
+  Yields:
+    Lanes on device and how many of their chunks are in use.
+  """
+  sharding = data_sharding(model)
+  wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+  for arrays in lanes:
+    capacity = capacity_chunks(max(arrays.num_chunks, chunks))
+    padded = pad_lane(arrays, capacity * plan.chunk_size)
+    fields = {
+      "tokens": padded.tokens,
+      "targets": padded.targets,
+      "weights": padded.weights.astype(wide),
+      "segment_ids": padded.segment_ids,
+      "positions": padded.positions,
+      "document_ids": padded.document_ids,
+    }
+    rows = {name: array[None] for name, array in fields.items()}
+    rows, count = jax.device_put((rows, np.int32(arrays.num_chunks)), sharding)
+    yield Lane(**rows), count
+
+
+def data_sharding(model: Transformer) -> jax.sharding.Sharding | None:
+  """Replicated over the devices that hold the model.
+
+  `None` for a model on no device in particular: what is placed must be as free
+  as it, or every program would be compiled once more for the difference.
+  """
+  leaf = jax.tree.leaves(model)[0]
+  if isinstance(leaf, jax.Array) and not leaf.committed:
+    return None
+  sharding = getattr(leaf, "sharding", None)
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    return jax.sharding.NamedSharding(
+      sharding.mesh, jax.sharding.PartitionSpec()
+    )
+  return sharding

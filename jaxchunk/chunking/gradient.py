@@ -1,0 +1,210 @@
+"""The public calls: exact loss and gradients of a batch, by chunks."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxchunk.chunking.executor import (
+  Strategy,
+  accumulate,
+  data_sharding,
+  lane_program,
+  make_options,
+  token_nll,
+)
+from jaxchunk.chunking.lanes import capacity_chunks
+from jaxchunk.chunking.ops import Keep, Lane
+from jaxchunk.models.transformer import Transformer
+from jaxchunk.types import Batch
+
+# A loss of sequences: from `sum(weights * nll)` and `sum(weights)` of each
+# sequence, `[Q]` in the order of the batch, to a scalar.
+SequenceLoss = Callable[
+  [Float[Array, " Q"], Float[Array, " Q"]], Float[Array, ""]
+]
+
+
+def chunked_value_and_grad(
+  model: Transformer,
+  batch: Batch | Mapping[str, Any],
+  *,
+  chunk_size: int,
+  live_chunks: int = 1,
+  trainable: Any = None,
+  strategy: Strategy | None = None,
+  loss: SequenceLoss | None = None,
+  rng: PRNGKeyArray | None = None,
+  keep: Keep = "all",
+  grad_dtype: str | None = None,
+) -> tuple[Float[Array, ""], nnx.State]:
+  """Loss and gradients of a batch, exactly, in the memory of a chunk.
+
+  Equal to `full_value_and_grad(model, batch)` up to rounding, for every chunk
+  size, strategy and packing. Sequences longer than `chunk_size` are split,
+  the others packed; each lane of chunks runs through one of a few programs
+  compiled for power-of-two lengths.
+
+  Args:
+    model: The model.
+    batch: Rows of packed sequences; see `jaxchunk.types.Batch`.
+    chunk_size: C, tokens per chunk.
+    live_chunks: K, how many chunks of a sequence keep their activations; the
+      others run forward twice. 0 is SeCO, 1 or more ChunkFlow.
+    trainable: Which parameters get gradients: `None` for all, an `nnx`
+      filter, or an `nnx.State` with the wanted ones.
+    strategy: "chunk_outer" (memory per token: keys, values and their
+      gradients), "layer_outer" (StreamBP; the layers' inputs), or `None` for
+      the smaller of the two.
+    loss: A function of the sequences' sums instead of the mean over tokens:
+      `loss(nll_Q, weight_Q)`, where `nll_Q = sum(weights * nll)` and
+      `weight_Q = sum(weights)` of each sequence. It costs one more forward
+      pass, because its cotangents are known only after all sums.
+    rng: Key for dropout, drawn by document and position; `None` is none.
+    keep: What live chunks keep of each layer: "all" products that the
+      backward reads, or "inputs", which are fewer bytes and more work.
+    grad_dtype: Of the gradients of keys and values between chunks; at least
+      fp32 by default.
+
+  Returns:
+    `(loss, grads)`: the scalar `sum(weights * nll) / sum(weights)` (or
+    `loss(...)`), and gradients in at least fp32, structured as
+    `nnx.state(model, trainable)`.
+
+  Raises:
+    ValueError: The batch is malformed or an argument out of range.
+  """
+  examples = Batch.of(batch).examples()
+  if loss is not None:
+    if rng is not None and model.cfg.dropout:
+      raise ValueError(
+        "a sequence loss with dropout is not supported: the first of its two "
+        "passes runs without dropout; pass rng=None"
+      )
+    nll = token_nll(model, examples, chunk_size=chunk_size)
+    value, cotangents = _sequence_cotangents(loss, examples, nll)
+    examples = [
+      dataclasses.replace(e, weights=e.weights * ct)
+      for e, ct in zip(examples, cotangents, strict=True)
+    ]
+  sums = accumulate(
+    model,
+    examples,
+    chunk_size=chunk_size,
+    live_chunks=live_chunks,
+    strategy=strategy,
+    trainable=trainable,
+    rng=rng,
+    keep=keep,
+    grad_dtype=grad_dtype,
+  )
+  if sums.grads is None:
+    raise RuntimeError("accumulate returned no gradients")
+  if loss is not None:
+    return value, sums.grads
+  weight = np.asarray(sums.weight, sums.loss.dtype)
+  return sums.loss / weight, jax.tree.map(lambda g: g / weight, sums.grads)
+
+
+def _sequence_cotangents(
+  loss: SequenceLoss, examples: list[Any], nll: list[np.ndarray]
+) -> tuple[Array, np.ndarray]:
+  """The loss of the sequences' sums, and its derivative by each nll sum."""
+  pairs = list(zip(examples, nll, strict=True))
+  wide = np.result_type(nll[0].dtype, np.float32)
+  sums = np.asarray(
+    [np.sum(e.weights * n, where=e.weights != 0) for e, n in pairs], wide
+  )
+  weights = np.asarray([e.weights.sum() for e, _ in pairs], wide)
+  value, cotangents = jax.value_and_grad(loss)(
+    jnp.asarray(sums), jnp.asarray(weights)
+  )
+  return value, np.asarray(cotangents)
+
+
+def lower_chunked(
+  model: Transformer,
+  *,
+  capacity: int,
+  chunk_size: int,
+  live_chunks: int = 1,
+  strategy: Strategy | None = None,
+  trainable: Any = None,
+  keep: Keep = "all",
+  grad_dtype: str | None = None,
+) -> jax.stages.Lowered:
+  """The program for one lane of up to `capacity` tokens, not yet compiled.
+
+  This is what `chunked_value_and_grad` runs; lower it to look at its memory
+  (`.compile().memory_analysis()`) or to compile for another machine.
+
+  Args:
+    model: The model, real or abstract (`nnx.eval_shape`, or shapes with
+      shardings on the devices to compile for).
+    capacity: Tokens; rounded up to a power of two of chunks.
+    chunk_size: As `chunked_value_and_grad`, like the other arguments.
+    live_chunks: K.
+    strategy: Which loop is outside.
+    trainable: Which parameters get gradients.
+    keep: What live chunks keep.
+    grad_dtype: Of the gradients of keys and values.
+
+  Returns:
+    The lowered program; its accumulators are donated.
+
+  Raises:
+    ValueError: An argument is out of range.
+  """
+  if not isinstance(capacity, int | np.integer) or capacity < 1:
+    raise ValueError(f"capacity={capacity!r} must be a positive integer")
+  options = make_options(
+    model,
+    chunk_size=chunk_size,
+    live_chunks=live_chunks,
+    strategy=strategy,
+    trainable=trainable,
+    keep=keep,
+    grad_dtype=grad_dtype,
+  )
+  sharding = data_sharding(model)
+
+  def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  chunks = capacity_chunks(-(-int(capacity) // options.chunk_size))
+  row = (1, chunks * options.chunk_size)
+  wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+  fields = [field.name for field in dataclasses.fields(Lane)]
+  rows: Any = {name: abstract(row, jnp.int32) for name in fields}
+  rows["weights"] = abstract(row, wide)
+  model = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(
+      a.shape, a.dtype, sharding=getattr(a, "sharding", None)
+    ),
+    model,
+  )
+  grads = [
+    jax.ShapeDtypeStruct(
+      a.shape,
+      jnp.promote_types(a.dtype, jnp.float32),
+      sharding=getattr(a, "sharding", None),
+    )
+    for a, mine in zip(
+      jax.tree.leaves(model), options.trainable.chosen, strict=True
+    )
+    if mine
+  ]
+  loss = abstract((), wide)
+  return lane_program.lower(
+    model,
+    Lane(**rows),
+    abstract((), jnp.int32),
+    (loss, grads),
+    None,
+    options=options,
+  )

@@ -1,0 +1,489 @@
+"""Stage operations on chunks: F_drop, F_keep and B as pure functions.
+
+A stage is a run of layers. `F_drop` takes a chunk through it and keeps only
+the sequence state; `F_keep` also keeps, by name, what the backward needs in a
+slot; `B` takes the cotangent of the stage's output back through the slot,
+adding into the cotangent of the sequence state and into the gradients, both
+in place.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxchunk.chunking.trainable import Trainable, widened
+from jaxchunk.kernels.cross_entropy.api import (
+  linear_cross_entropy,
+  linear_cross_entropy_with_grad,
+)
+from jaxchunk.kernels.state import (
+  ChunkPlace,
+  KVPrefix,
+  KVWindow,
+  SequenceState,
+)
+from jaxchunk.kernels.vma import vary_like
+from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.dropout import DropoutKeys
+from jaxchunk.models.tape import Tape
+from jaxchunk.models.transformer import (
+  Block,
+  RopeTables,
+  Transformer,
+  layer_of,
+)
+
+# What a slot holds of each layer: "all" the products that the backward reads,
+# or only the layer's input and attention's output ("inputs"), from which the
+# others are computed again.
+Keep = Literal["all", "inputs"]
+
+# One entry per position of the window pattern.
+States = tuple[Any, ...]
+Slots = tuple[dict[str, Any], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lane:
+  """Tokens that share one sequence state: chunks of a sequence, or a pack.
+
+  Arrays are `[B,S]` with the meaning of `jaxchunk.types.Batch`; S is a
+  multiple of the chunk size. `weights` are the cotangents of the tokens'
+  negative log-likelihoods.
+  """
+
+  tokens: Int[Array, "B S"]
+  targets: Int[Array, "B S"]
+  weights: Float[Array, "B S"]
+  segment_ids: Int[Array, "B S"]
+  positions: Int[Array, "B S"]
+  document_ids: Int[Array, "B S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """One chunk of a lane, and what its layers share."""
+
+  tokens: Int[Array, "B C"]
+  targets: Int[Array, "B C"]
+  weights: Float[Array, "B C"]
+  place: ChunkPlace
+  ropes: RopeTables
+  dropout: DropoutKeys | None
+
+
+def chunk_of(
+  model: Transformer,
+  lane: Lane,
+  index: Any,
+  size: int,
+  rng: PRNGKeyArray | None = None,
+) -> Chunk:
+  """Chunk `index` (may be traced) of a lane, in chunks of `size` tokens."""
+  index = jnp.asarray(index, jnp.int32)
+  start = index * size
+
+  def cut(a: Array) -> Array:
+    return lax.dynamic_slice_in_dim(a, start, size, 1)
+
+  positions = cut(lane.positions)
+  keys = None
+  if rng is not None and model.cfg.dropout:
+    keys = DropoutKeys.of(rng, cut(lane.document_ids), positions)
+  return Chunk(
+    tokens=cut(lane.tokens),
+    targets=cut(lane.targets),
+    weights=cut(lane.weights),
+    place=ChunkPlace(index, start, cut(lane.segment_ids), lane.segment_ids),
+    ropes=model.rope_tables(positions),
+    dropout=keys,
+  )
+
+
+def state_of(
+  cfg: ModelConfig, window: int | None, chunk_size: int, grad_dtype: str | None
+) -> SequenceState:
+  """The sequence state of a layer with this attention window."""
+  wide = jnp.promote_types(cfg.dtype, jnp.float32).name
+  options: dict[str, Any] = {
+    "num_kv_heads": cfg.kv_heads,
+    "head_dim": cfg.head_width,
+    "chunk_size": chunk_size,
+    "scale": cfg.score_scale,
+    "softcap": cfg.attention_softcap,
+    "dtype": cfg.dtype,
+    "grad_dtype": grad_dtype or wide,
+  }
+  if window is None:
+    return KVPrefix(**options)
+  return KVWindow(window=window, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What the operations need to know before the program runs.
+
+  Attributes:
+    chunk_size: C.
+    states: The sequence state of each position of the window pattern.
+    trainable: Which parameters get gradients.
+    keep: What a slot holds.
+  """
+
+  chunk_size: int
+  states: tuple[SequenceState, ...]
+  trainable: Trainable
+  keep: Keep = "all"
+
+  def forward_block(
+    self,
+    block: Block,
+    x: Float[Array, "B C D"],
+    chunk: Chunk,
+    position: int,
+    layer: Any,
+    state: Any,
+    number: Any,
+  ) -> tuple[Array, Any, dict[str, Any]]:
+    """One layer of F: its output, the state, and what a slot keeps.
+
+    Args:
+      block: The layer.
+      x: Its input.
+      chunk: The chunk.
+      position: Of the layer in the window pattern.
+      layer: Of the layer in the arrays of `state`.
+      state: Arrays of the sequence state at this position of the pattern.
+      number: Of the layer in the model, for dropout.
+
+    Returns:
+      `(y, state, saved)`.
+    """
+    spec = self.states[position]
+    tape = Tape()
+    q, k, v = block.pre(x, chunk.ropes, tape)
+    state = spec.write(state, layer, chunk.place, k, v)
+    o, residual = spec.attend(state, layer, chunk.place, q)
+    keys = chunk.dropout and chunk.dropout.layer(number)
+    y = block.post(x, o, tape, keys)
+    products = tape.saved if self.keep == "all" else {}
+    return y, state, {"x": x, "o": o, "residual": residual, "tape": products}
+
+  def write_block(
+    self,
+    block: Block,
+    x: Float[Array, "B C D"],
+    chunk: Chunk,
+    position: int,
+    state: Any,
+  ) -> Any:
+    """Only what a layer does to the sequence state, in its first layer."""
+    _, k, v = block.pre(x, chunk.ropes, Tape())
+    return self.states[position].write(state, 0, chunk.place, k, v)
+
+  def backward_block(
+    self,
+    block: Block,
+    dy: Float[Array, "B C D"],
+    saved: dict[str, Any],
+    chunk: Chunk,
+    position: int,
+    layer: Any,
+    state: Any,
+    cotangent: Any,
+    number: Any,
+  ) -> tuple[Array, Any, list[Array]]:
+    """One layer of B: `(dx, cotangent, gradients)`; see `forward_block`."""
+    x, o = saved["x"], saved["o"]
+    keys = chunk.dropout and chunk.dropout.layer(number)
+    weights, rebuild = self.trainable.block(position).split(block)
+    weights = [widened(w) for w in weights]
+
+    def pre(weights: list[Array], x: Array) -> tuple[Array, Array, Array]:
+      return rebuild(weights).pre(x, chunk.ropes, Tape(saved["tape"]))
+
+    def post(weights: list[Array], x: Array, o: Array) -> Array:
+      return rebuild(weights).post(x, o, Tape(saved["tape"]), keys)
+
+    _, post_vjp = jax.vjp(post, weights, x, o)
+    d_post, dx_post, do = post_vjp(dy)
+    (q, k, v), pre_vjp = jax.vjp(pre, weights, x)
+    d_qkv, cotangent = self.states[position].attend_bwd(
+      state,
+      cotangent,
+      layer,
+      chunk.place,
+      q,
+      k,
+      v,
+      o,
+      saved["residual"],
+      do,
+    )
+    d_pre, dx_pre = pre_vjp(d_qkv)
+    gradients = [a + b for a, b in zip(d_post, d_pre, strict=True)]
+    return dx_post + dx_pre, cotangent, gradients
+
+  def init_states(
+    self, model: Transformer, batch: int, capacity: int
+  ) -> States:
+    """Empty sequence states for every layer."""
+    return tuple(
+      spec.init(model.cfg.layers_of(position), batch, capacity)
+      for position, spec in enumerate(self.states)
+    )
+
+  def zero_cotangents(self, states: States) -> States:
+    """Zero cotangents of the states."""
+    return tuple(
+      spec.zero_cotangent(state)
+      for spec, state in zip(self.states, states, strict=True)
+    )
+
+  def save(self, states: States, index: Any) -> States:
+    """Remembers the states before chunk `index`."""
+    return tuple(
+      spec.save(state, index)
+      for spec, state in zip(self.states, states, strict=True)
+    )
+
+  def restore(self, states: States, index: Any) -> States:
+    """Goes back to the states before chunk `index`."""
+    return tuple(
+      spec.restore(state, index)
+      for spec, state in zip(self.states, states, strict=True)
+    )
+
+  def init_slots(self, model: Transformer, chunk: Chunk, count: int) -> Slots:
+    """Empty slots for `count` chunks: `[count, layers, ...]` each array."""
+    cfg = model.cfg
+    shape = (*chunk.tokens.shape, cfg.d_model)
+    slots = []
+    for position, stack in enumerate(model.blocks):
+      layers = cfg.layers_of(position)
+
+      def one_layer(
+        x: Array, position: int = position, stack: Block = stack
+      ) -> dict[str, Any]:
+        capacity = chunk.place.lane_segment_ids.shape[1]
+        state = self.states[position].init(1, shape[0], capacity)
+        block = layer_of(stack, 0)
+        return self.forward_block(block, x, chunk, position, 0, state, 0)[2]
+
+      saved = jax.eval_shape(one_layer, jax.ShapeDtypeStruct(shape, cfg.dtype))
+      slots.append(
+        jax.tree.map(
+          lambda a, layers=layers: jnp.zeros(
+            (count, layers, *a.shape), a.dtype
+          ),
+          saved,
+        )
+      )
+    return tuple(slots)
+
+  def forward(
+    self,
+    model: Transformer,
+    chunk: Chunk,
+    states: States,
+    slots: Slots | None = None,
+    slot: Any = 0,
+  ) -> tuple[Float[Array, "B C D"], States, Slots | None]:
+    """F_keep into a slot, or F_drop without slots.
+
+    Args:
+      model: The parameters.
+      chunk: The chunk.
+      states: Sequence states; those of chunks before it are there.
+      slots: What is kept of live chunks, or `None` to keep nothing.
+      slot: Where to keep this one; may be traced.
+
+    Returns:
+      The last layer's output (before the final norm), the states and slots.
+    """
+
+    def layer(position: int, index: Any, carry: Any) -> Any:
+      x, states, slots = carry
+      block = layer_of(model.blocks[position], index)
+      number = index * len(model.blocks) + position
+      x, state, saved = self.forward_block(
+        block, x, chunk, position, index, states[position], number
+      )
+      states = put(states, position, state)
+      if slots is not None:
+        kept = jax.tree.map(
+          lambda a, new: _store(a, new, slot, index), slots[position], saved
+        )
+        slots = put(slots, position, kept)
+      return x, states, slots
+
+    x = model.embed_tokens(chunk.tokens)
+    x, states, slots = vary_like((x, states, slots), model, chunk)
+    return over_layers(model, layer, (x, states, slots))
+
+  def backward(
+    self,
+    model: Transformer,
+    chunk: Chunk,
+    dx: Float[Array, "B C D"],
+    states: States,
+    cotangents: States,
+    slots: Slots,
+    slot: Any,
+    grads: list[Array],
+  ) -> tuple[States, list[Array]]:
+    """B: from the cotangent of `forward`'s output to those of everything.
+
+    Args:
+      model: The parameters.
+      chunk: The chunk.
+      dx: Cotangent of the last layer's output.
+      states: Sequence states.
+      cotangents: Of the states, from later chunks.
+      slots: What was kept.
+      slot: Which slot is this chunk's.
+      grads: Accumulators in the order of `trainable`.
+
+    Returns:
+      The cotangents and accumulators, with this chunk's parts added.
+    """
+
+    def layer(position: int, index: Any, carry: Any) -> Any:
+      dx, cotangents, grads = carry
+      block = layer_of(model.blocks[position], index)
+      saved = jax.tree.map(lambda a: _load(a, slot, index), slots[position])
+      dx, cotangent, gradients = self.backward_block(
+        block,
+        dx,
+        saved,
+        chunk,
+        position,
+        index,
+        states[position],
+        cotangents[position],
+        index * len(model.blocks) + position,
+      )
+      cotangents = put(cotangents, position, cotangent)
+      grads = self.trainable.add_layer(grads, position, index, gradients)
+      return dx, cotangents, grads
+
+    carry = vary_like((dx, cotangents, grads), model, chunk, dx)
+    dx, cotangents, grads = over_layers(model, layer, carry, reverse=True)
+    return cotangents, self.trainable.add_embedding(
+      grads, model, chunk.tokens, dx
+    )
+
+  def head_gradient(
+    self,
+    model: Transformer,
+    chunk: Chunk,
+    x: Float[Array, "B C D"],
+    grads: list[Array],
+  ) -> tuple[Array, Array, list[Array]]:
+    """Loss of a chunk and its gradient, in one pass over the vocabulary.
+
+    Args:
+      model: The parameters.
+      chunk: The chunk; its weights are the cotangents of the tokens' nll.
+      x: Output of the last layer.
+      grads: Accumulators in the order of `trainable`.
+
+    Returns:
+      `(sum(weights * nll), dx, grads)`.
+    """
+
+    def norm(weights: list[Array], x: Array) -> Array:
+      return rebuild(weights)(x)
+
+    weights, rebuild = self.trainable.final_norm().split(model.final_norm)
+    weights = [widened(w) for w in weights]
+    h, norm_vjp = jax.vjp(norm, weights, x)
+    accumulator = self.trainable.unembed_accumulator(grads)
+    nll, _, dh, accumulator = linear_cross_entropy_with_grad(
+      h,
+      model.unembed,
+      chunk.targets,
+      chunk.weights,
+      softcap=model.cfg.logit_softcap,
+      dw_init=accumulator,
+    )
+    d_norm, dx = norm_vjp(dh)
+    grads = self.trainable.set_unembed(grads, accumulator)
+    grads = self.trainable.add_final_norm(grads, d_norm)
+    return weighted_sum(chunk.weights, nll), dx, grads
+
+
+def chunk_nll(
+  model: Transformer, chunk: Chunk, x: Float[Array, "B C D"]
+) -> Float[Array, "B C"]:
+  """Negative log-likelihood of each target, from the last layer's output."""
+  nll, _ = linear_cross_entropy(
+    model.final_norm(x),
+    model.unembed,
+    chunk.targets,
+    softcap=model.cfg.logit_softcap,
+  )
+  return nll
+
+
+def weighted_sum(
+  weights: Float[Array, "B T"], nll: Float[Array, "B T"]
+) -> Float[Array, ""]:
+  """`sum(weights * nll)`, in which weight 0 masks any nll."""
+  # A masked target may have any nll, even none: 0 * nan is not 0.
+  return jnp.sum(jnp.where(weights == 0, 0, weights.astype(nll.dtype) * nll))
+
+
+def over_layers(
+  model: Transformer,
+  layer: Callable[[int, Any, Any], Any],
+  carry: Any,
+  *,
+  reverse: bool = False,
+) -> Any:
+  """Applies `layer(position, index, carry)` to all layers, in order.
+
+  A loop over whole periods of the window pattern, and what remains behind it.
+  """
+  period = len(model.blocks)
+  whole, rest = divmod(model.cfg.num_layers, period)
+
+  def periods(carry: Any) -> Any:
+    def body(n: Any, carry: Any) -> Any:
+      index = whole - 1 - n if reverse else n
+      order = range(period)
+      for position in reversed(order) if reverse else order:
+        carry = layer(position, index, carry)
+      return carry
+
+    return lax.fori_loop(0, whole, body, carry)
+
+  if not reverse:
+    carry = periods(carry)
+  order = range(rest)
+  for position in reversed(order) if reverse else order:
+    carry = layer(position, whole, carry)
+  return periods(carry) if reverse else carry
+
+
+def put(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
+  """The tuple with one item replaced."""
+  return (*items[:index], item, *items[index + 1 :])
+
+
+def _store(slots: Array, new: Array, slot: Any, layer: Any) -> Array:
+  at = [jnp.asarray(n, jnp.int32) for n in (slot, layer, *[0] * new.ndim)]
+  return lax.dynamic_update_slice(slots, new[None, None], at)
+
+
+def _load(slots: Array, slot: Any, layer: Any) -> Array:
+  shape = slots.shape[2:]
+  at = [jnp.asarray(n, jnp.int32) for n in (slot, layer, *[0] * len(shape))]
+  return lax.dynamic_slice(slots, at, (1, 1, *shape))[0, 0]

@@ -1,0 +1,191 @@
+"""Which parameters get gradients, and the accumulators of their gradients."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxchunk.models.transformer import Transformer
+
+
+def widened(a: Array) -> Array:
+  """In at least fp32, so that its gradient is too."""
+  return a.astype(jnp.promote_types(a.dtype, jnp.float32))
+
+
+class Subset(NamedTuple):
+  """The trainable leaves of a pytree, by place in its flat order."""
+
+  chosen: tuple[bool, ...]
+
+  def split(
+    self, tree: Any
+  ) -> tuple[list[Array], Callable[[list[Array]], Any]]:
+    """The chosen leaves, and a function that puts others in their place."""
+    leaves, treedef = jax.tree.flatten(tree)
+
+    def rebuild(chosen: list[Array]) -> Any:
+      new = iter(chosen)
+      merged = [
+        next(new) if mine else leaf
+        for mine, leaf in zip(self.chosen, leaves, strict=True)
+      ]
+      return jax.tree.unflatten(treedef, merged)
+
+    picked = zip(self.chosen, leaves, strict=True)
+    return [leaf for mine, leaf in picked if mine], rebuild
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+  """The trainable leaves of a model; gradients are lists in their order.
+
+  Attributes:
+    paths: Path of every leaf of the model.
+    chosen: Whether it is trainable.
+  """
+
+  paths: tuple[tuple[Any, ...], ...]
+  chosen: tuple[bool, ...]
+
+  @classmethod
+  def of(cls, model: Transformer, trainable: Any = None) -> "Trainable":
+    """Resolves a choice of parameters.
+
+    Args:
+      model: The model, or its abstract copy.
+      trainable: `None` for every parameter, an `nnx` filter (a variable type,
+        a predicate of path and value, `nnx.PathContains(...)`, ...), or an
+        `nnx.State` with the wanted parameters.
+
+    Returns:
+      The selection.
+
+    Raises:
+      ValueError: Nothing is chosen, or a path is not in the model.
+    """
+    paths = tuple(nnx.to_flat_state(nnx.state(model)).paths)
+    if isinstance(trainable, nnx.State):
+      wanted = set(nnx.to_flat_state(trainable).paths)
+      if unknown := wanted - set(paths):
+        raise ValueError(
+          f"trainable names parameters that the model lacks: "
+          f"{sorted('/'.join(map(str, p)) for p in unknown)}"
+        )
+    else:
+      kind = nnx.Param if trainable is None else trainable
+      wanted = set(nnx.to_flat_state(nnx.state(model, kind)).paths)
+    if not wanted:
+      raise ValueError(
+        f"trainable={trainable!r} chooses no parameter of the model"
+      )
+    return cls(paths, tuple(path in wanted for path in paths))
+
+  def state(self, grads: list[Array]) -> nnx.State:
+    """Gradients as an `nnx.State` of parameters."""
+    flat = [
+      (path, nnx.Param(grad))
+      for path, grad in zip(self._wanted(), grads, strict=True)
+    ]
+    return nnx.from_flat_state(nnx.FlatState(flat, sort=False))
+
+  def zeros(self, model: Transformer) -> list[Array]:
+    """Zero accumulators in at least fp32."""
+    leaves = jax.tree.leaves(model)
+    return [
+      jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+      for leaf, mine in zip(leaves, self.chosen, strict=True)
+      if mine
+    ]
+
+  def block(self, position: int) -> Subset:
+    """Of the layers at one position of the window pattern."""
+    return self._under("blocks", position)
+
+  def final_norm(self) -> Subset:
+    """Of the final norm."""
+    return self._under("final_norm")
+
+  def add_layer(
+    self,
+    grads: list[Array],
+    position: int,
+    index: Any,
+    gradients: list[Array],
+  ) -> list[Array]:
+    """Adds the gradients of one layer, in place."""
+    places = self._places("blocks", position)
+    grads = list(grads)
+    for place, gradient in zip(places, gradients, strict=True):
+      old = lax.dynamic_index_in_dim(grads[place], index, keepdims=False)
+      new = old + gradient.astype(old.dtype)
+      grads[place] = lax.dynamic_update_index_in_dim(
+        grads[place], new, index, 0
+      )
+    return grads
+
+  def add_final_norm(
+    self, grads: list[Array], gradients: list[Array]
+  ) -> list[Array]:
+    """Adds the gradients of the final norm."""
+    grads = list(grads)
+    for place, gradient in zip(
+      self._places("final_norm"), gradients, strict=True
+    ):
+      grads[place] = grads[place] + gradient.astype(grads[place].dtype)
+    return grads
+
+  def add_embedding(
+    self,
+    grads: list[Array],
+    model: Transformer,
+    tokens: Int[Array, "B C"],
+    dx: Float[Array, "B C D"],
+  ) -> list[Array]:
+    """Adds the gradient of `Transformer.embed_tokens`, row by row."""
+    for place in self._places("embed"):
+      grads = list(grads)
+      if model.cfg.scale_embeddings:
+        dx = dx * jnp.asarray(model.cfg.d_model**0.5, dx.dtype)
+      grads[place] = grads[place].at[tokens].add(dx.astype(grads[place].dtype))
+    return grads
+
+  def unembed_accumulator(
+    self, grads: list[Array]
+  ) -> Float[Array, "V D"] | None:
+    """The head's accumulator; `None` if the head is frozen."""
+    place = self._unembed_place()
+    return None if place is None else grads[place]
+
+  def set_unembed(
+    self, grads: list[Array], accumulator: Float[Array, "V D"] | None
+  ) -> list[Array]:
+    """Puts the head's accumulator back."""
+    place = self._unembed_place()
+    if place is None or accumulator is None:
+      return grads
+    return [accumulator if n == place else g for n, g in enumerate(grads)]
+
+  def _unembed_place(self) -> int | None:
+    tied = not any(path[0] == "head" for path in self.paths)
+    places = self._places("embed" if tied else "head")
+    return places[0] if places else None
+
+  def _wanted(self) -> list[tuple[Any, ...]]:
+    return [p for p, mine in zip(self.paths, self.chosen, strict=True) if mine]
+
+  def _places(self, *prefix: Any) -> list[int]:
+    """Where the gradients under a path lie in the list."""
+    size = len(prefix)
+    wanted = enumerate(self._wanted())
+    return [n for n, path in wanted if path[:size] == prefix]
+
+  def _under(self, *prefix: Any) -> Subset:
+    size = len(prefix)
+    pairs = zip(self.paths, self.chosen, strict=True)
+    return Subset(tuple(mine for path, mine in pairs if path[:size] == prefix))

@@ -1,0 +1,313 @@
+"""Text to token ids and back: bytes, a BPE trained on first use, any JSON file.
+
+Special tokens are never read out of a document's text unless asked for.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+
+from jaxchunk.data.bpe import SPECIALS, trained_bpe
+from jaxchunk.data.cache import atomic_write
+from jaxchunk.data.files import hash_parts
+from jaxchunk.data.sources import Source
+
+_KNOWN_BOS = ("<|bos|>", "<|begin_of_text|>", "<bos>", "<s>")
+_KNOWN_EOS = ("<|eos|>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>")
+_KNOWN_PAD = ("<|pad|>", "<pad>", "<|finetune_right_pad_id|>")
+_FORMS = (
+  "'byte', 'bpe:<vocabulary size>', the path of a tokenizer.json, or of a"
+  " folder that holds one"
+)
+
+Ids = Int32[np.ndarray, " T"]
+
+
+class Tokenizer(Protocol):
+  """What the library asks of a tokenizer. Ids are below `vocab_size`."""
+
+  @property
+  def vocab_size(self) -> int:
+    """One more than the largest id."""
+    ...
+
+  @property
+  def bos_id(self) -> int | None:
+    """Begins a document; `None` if the vocabulary has no such token."""
+    ...
+
+  @property
+  def eos_id(self) -> int | None:
+    """Ends a document; `None` if the vocabulary has no such token."""
+    ...
+
+  @property
+  def pad_id(self) -> int:
+    """Fills what is masked anyway."""
+    ...
+
+  @property
+  def fingerprint(self) -> str:
+    """Hash of everything that decides which ids a text gets."""
+    ...
+
+  def encode(self, text: str) -> Ids:
+    """Ids of the text, without BOS and EOS."""
+    ...
+
+  def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+    """`encode` of several texts, on all cores where that is possible."""
+    ...
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Text of the ids; special and unknown ones leave nothing behind."""
+    ...
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Writes it into a folder that `load_tokenizer` reads back."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer:
+  """Ids 0 to 255 are the bytes of UTF-8; then come pad, BOS and EOS."""
+
+  vocab_size: int = 259
+  pad_id: int = 256
+  bos_id: int | None = 257
+  eos_id: int | None = 258
+  fingerprint: str = "byte-259"
+
+  def encode(self, text: str) -> Ids:
+    """The bytes of the text."""
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+    """The bytes of each text."""
+    return [self.encode(text) for text in texts]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of the bytes, with U+FFFD for what is not UTF-8."""
+    values = np.asarray(ids, np.int64)
+    values = values[(values >= 0) & (values < 256)]
+    return values.astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Writes a folder that `load_tokenizer` reads back."""
+    _write_json(Path(folder) / "tokenizer_config.json", {"jaxchunk": "byte"})
+
+
+class JsonTokenizer:
+  """A tokenizer in the JSON format of the `tokenizers` library.
+
+  Truncation and padding that the file asks for are switched off.
+  """
+
+  def __init__(
+    self,
+    definition: str,
+    *,
+    bos: str | None = None,
+    eos: str | None = None,
+    pad: str | None = None,
+    parse_special: bool = False,
+  ):
+    backend = tokenizers.Tokenizer.from_str(definition)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = not parse_special
+    self._backend, self._definition = backend, definition
+    self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+    self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+    self.bos_id, self.eos_id, pad_id = (
+      _special_id(backend, kind, name) for kind, name in self._names.items()
+    )
+    # Any id will do for padding: it is masked.
+    self.pad_id = next(
+      (id for id in (pad_id, self.eos_id) if id is not None), 0
+    )
+    self.fingerprint = hash_parts(
+      definition, *map(str, self._names.values()), str(parse_special)
+    )
+
+  def encode(self, text: str) -> Ids:
+    """Ids of the text, without BOS and EOS."""
+    ids = self._backend.encode(text, add_special_tokens=False).ids
+    return np.asarray(ids, np.int32)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+    """Ids of each text, computed on all cores."""
+    encodings = self._backend.encode_batch_fast(
+      list(texts), add_special_tokens=False
+    )
+    return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Text of the ids; special and unknown ones leave nothing behind."""
+    values = np.asarray(ids, np.int64)
+    values = values[(values >= 0) & (values < self.vocab_size)]
+    return self._backend.decode(values.tolist(), skip_special_tokens=True)
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json`, as others do."""
+    with atomic_write(Path(folder) / "tokenizer.json") as file:
+      file.write(self._definition.encode())
+    _write_json(Path(folder) / "tokenizer_config.json", dict(self._names))
+
+
+class StreamDecoder:
+  """Decodes ids one by one and never emits half a character.
+
+  All that `push` and the final `flush` return, joined, is the `decode` of all
+  the ids. A run of bytes that is not UTF-8 is held back until a valid
+  character follows it or until `flush`, because only then is its text known.
+  (A decoder with byte fallback makes U+FFFD of a whole run of bytes if it ends
+  badly; characters of that run that were already shown are not taken back.)
+  """
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer = tokenizer
+    # `ids[:context]` were emitted; they are kept because the text of a token
+    # may depend on the one before it (a leading space, a byte fallback).
+    self._ids: list[int] = []
+    self._context = 0
+    self._emitted = 0
+
+  def push(self, token: int) -> str:
+    """Takes the next id and returns the text that it completes, if any."""
+    self._ids.append(int(token))
+    text = self._tokenizer.decode(self._ids)
+    sure = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    new = sure[self._emitted :]
+    self._emitted = max(self._emitted, len(sure))
+    if text and len(sure) == len(text):
+      self._ids = self._ids[self._context :]
+      self._context = len(self._ids)
+      self._emitted = len(self._tokenizer.decode(self._ids))
+    return new
+
+  def flush(self) -> str:
+    """Returns what was held back, and starts afresh."""
+    rest = self._tokenizer.decode(self._ids)[self._emitted :]
+    self._ids, self._context, self._emitted = [], 0, 0
+    return rest
+
+
+def load_tokenizer(
+  spec: str,
+  source: Source | None = None,
+  *,
+  cache_dir: Path | None = None,
+  heldout_fraction: float = 0.0,
+  parse_special: bool = False,
+) -> Tokenizer:
+  """Makes the tokenizer that `spec` names.
+
+  Args:
+    spec: `"byte"`; `"bpe:4096"` (any size from 259), trained on the documents
+      of `source` that are not held out and cached; the path of a
+      `tokenizer.json`; or a folder, as `save` or Hugging Face writes it.
+    source: The documents to train a BPE on; other forms do without.
+    cache_dir: Where a trained BPE is kept; `None` keeps nothing.
+    heldout_fraction: Share of the documents that training must not see.
+    parse_special: Whether a special token's text in a document stands for
+      that token.
+
+  Raises:
+    ValueError: The form is unknown, a BPE has no documents to learn from, or
+      the file is no tokenizer.
+    FileNotFoundError: There is no such file.
+  """
+  if spec == "byte":
+    return ByteTokenizer()
+  kind, _, size = spec.partition(":")
+  if kind == "bpe":
+    if not size.isdecimal():
+      raise ValueError(
+        f"data.tokenizer {spec!r} gives no vocabulary size; it is {_FORMS}"
+      )
+    if source is None:
+      raise ValueError(
+        f"data.tokenizer {spec!r} is trained on documents, and there is no"
+        " source; name the folder where a trained one was saved"
+      )
+    definition = trained_bpe(
+      int(size), source, cache_dir=cache_dir, heldout_fraction=heldout_fraction
+    )
+    pad, bos, eos = SPECIALS
+    return JsonTokenizer(
+      definition, pad=pad, bos=bos, eos=eos, parse_special=parse_special
+    )
+  path = Path(spec).expanduser()
+  if not path.exists():
+    raise FileNotFoundError(
+      f"data.tokenizer {spec!r} does not exist; it is {_FORMS}"
+    )
+  return _from_files(path, parse_special)
+
+
+def _from_files(path: Path, parse_special: bool) -> Tokenizer:
+  file = path / "tokenizer.json" if path.is_dir() else path
+  config_file = file.with_name("tokenizer_config.json")
+  config = _read_json(config_file) if config_file.exists() else {}
+  if config.get("jaxchunk") == "byte":
+    return ByteTokenizer()
+  if not file.exists():
+    raise FileNotFoundError(
+      f"folder {path} has no tokenizer.json; data.tokenizer is {_FORMS}"
+    )
+  definition = file.read_text(encoding="utf-8")
+  try:
+    vocabulary = tokenizers.Tokenizer.from_str(definition).get_vocab()
+  except Exception as error:  # The library raises no narrower class.
+    raise ValueError(
+      f"{file} is not a file of the `tokenizers` library ({error});"
+      f" data.tokenizer is {_FORMS}"
+    ) from None
+
+  def name(kind: str, known: Sequence[str]) -> str | None:
+    if kind in config:
+      value = config[kind]
+      return value.get("content") if isinstance(value, dict) else value
+    return next((token for token in known if token in vocabulary), None)
+
+  return JsonTokenizer(
+    definition,
+    bos=name("bos_token", _KNOWN_BOS),
+    eos=name("eos_token", _KNOWN_EOS),
+    pad=name("pad_token", _KNOWN_PAD),
+    parse_special=parse_special,
+  )
+
+
+def _special_id(
+  backend: tokenizers.Tokenizer, kind: str, name: str | None
+) -> int | None:
+  if name is None:
+    return None
+  token = backend.token_to_id(name)
+  if token is None:
+    raise ValueError(f"the tokenizer has no token {name!r}, its {kind}")
+  return token
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+  with atomic_write(path) as file:
+    file.write(json.dumps(values, indent=2).encode())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON ({error})") from None
+  if not isinstance(values, dict):
+    raise ValueError(f"{path} is not a JSON object")
+  return values

@@ -1,0 +1,1 @@
+"""Prefill by chunks and decoding."""

@@ -1,0 +1,201 @@
+"""What a decoder of the family looks like: typed, and frozen once in use."""
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+from jaxchunk.models.rope import Rope
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelConfig:
+  """Shape and variant of a decoder-only transformer.
+
+  Fields may be set until a model takes its frozen copy (`frozen`); a frozen
+  configuration is hashable and refuses to change, because compiled programs
+  depend on it.
+
+  Attributes:
+    vocab_size: V, the number of token ids.
+    d_model: D, the width of the residual stream.
+    num_layers: L.
+    num_heads: N, query heads.
+    num_kv_heads: K, key/value heads; divides N. `None` means N.
+    head_dim: H, even. `None` means D / N.
+    d_ff: F, the width inside the gated MLP.
+    window_pattern: Attention window of each layer, repeated over the layers;
+      `None` in it is full attention. `(4096, None)` alternates.
+    rope: Rotary embedding of full-attention layers.
+    local_rope: That of window layers; `None` means the same.
+    activation: Of the MLP's gate.
+    qk_norm: RMSNorm over each head of q and k.
+    attention_softcap: Cap on attention scores.
+    logit_softcap: Cap on logits.
+    attention_scale: Factor on attention scores; `None` means H ** -0.5.
+    tie_embeddings: The head is the embedding.
+    qkv_bias: Biases on q, k and v.
+    post_norms: RMSNorm also on the output of attention and MLP.
+    unit_offset_norm: Norms multiply by 1 + scale.
+    scale_embeddings: Embeddings are multiplied by D ** 0.5.
+    norm_eps: Added to the mean square in norms.
+    dropout: Rate on the output of attention and MLP, in training only.
+    dtype: Of activations and matrix products.
+    param_dtype: Of parameters.
+  """
+
+  vocab_size: int
+  d_model: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int | None = None
+  head_dim: int | None = None
+  d_ff: int
+  window_pattern: tuple[int | None, ...] = (None,)
+  rope: Rope = dataclasses.field(default_factory=Rope)
+  local_rope: Rope | None = None
+  activation: Activation = "silu"
+  qk_norm: bool = False
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  attention_scale: float | None = None
+  tie_embeddings: bool = False
+  qkv_bias: bool = False
+  post_norms: bool = False
+  unit_offset_norm: bool = False
+  scale_embeddings: bool = False
+  norm_eps: float = 1e-6
+  dropout: float = 0.0
+  dtype: DType = "float32"
+  param_dtype: DType = "float32"
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    if self.__dict__.get("_is_frozen"):
+      raise dataclasses.FrozenInstanceError(
+        f"cannot set {name}: a model uses this configuration. Change a copy, "
+        "dataclasses.replace(cfg, ...), and build a model from it"
+      )
+    object.__setattr__(self, name, value)
+
+  def __hash__(self) -> int:
+    if not self.__dict__.get("_is_frozen"):
+      raise TypeError("only a frozen ModelConfig is hashable; call .frozen()")
+    return hash(
+      tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+    )
+
+  def frozen(self) -> "ModelConfig":
+    """A checked copy that no longer changes, with every default filled in.
+
+    Raises:
+      ValueError: As `validate`.
+    """
+    self.validate()
+    copy = dataclasses.replace(
+      self,
+      num_kv_heads=self.kv_heads,
+      head_dim=self.head_width,
+      window_pattern=tuple(self.window_pattern),
+    )
+    copy.__dict__["_is_frozen"] = True
+    return copy
+
+  @property
+  def kv_heads(self) -> int:
+    """K."""
+    return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+  @property
+  def head_width(self) -> int:
+    """H."""
+    if self.head_dim is None:
+      return self.d_model // self.num_heads
+    return self.head_dim
+
+  @property
+  def score_scale(self) -> float:
+    """Factor on attention scores."""
+    if self.attention_scale is None:
+      return self.head_width**-0.5
+    return self.attention_scale
+
+  def rope_of(self, window: int | None) -> Rope:
+    """The rotary embedding of a layer with this window."""
+    if window is None or self.local_rope is None:
+      return self.rope
+    return self.local_rope
+
+  def layers_of(self, position: int) -> int:
+    """How many layers sit at a position of the window pattern."""
+    period = len(self.window_pattern)
+    return (self.num_layers + period - 1 - position) // period
+
+  def validate(self) -> None:
+    """Checks every field.
+
+    Raises:
+      ValueError: A field is impossible; names it, its value and the remedy.
+    """
+    for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff"):
+      _check_positive(name, getattr(self, name))
+    _check_positive("num_kv_heads", self.kv_heads)
+    if self.num_heads % self.kv_heads:
+      raise ValueError(
+        f"num_heads={self.num_heads} is not a multiple of "
+        f"num_kv_heads={self.kv_heads}; choose a divisor of num_heads"
+      )
+    if self.head_dim is None and self.d_model % self.num_heads:
+      raise ValueError(
+        f"d_model={self.d_model} is not a multiple of "
+        f"num_heads={self.num_heads}; set head_dim"
+      )
+    _check_positive("head_dim", self.head_width)
+    if self.head_width % 2:
+      raise ValueError(
+        f"head_dim={self.head_width} must be even: rotary embeddings turn "
+        "pairs of channels"
+      )
+    self._check_window_pattern()
+    for name in ("attention_softcap", "logit_softcap", "attention_scale"):
+      value = getattr(self, name)
+      if value is not None and not value > 0:
+        raise ValueError(f"{name}={value} must be positive, or None")
+    if not self.norm_eps > 0:
+      raise ValueError(f"norm_eps={self.norm_eps} must be positive")
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+    if not isinstance(self.rope, Rope):
+      raise ValueError(f"rope={self.rope!r} must be a Rope")
+    if not isinstance(self.local_rope, Rope | None):
+      raise ValueError(
+        f"local_rope={self.local_rope!r} must be a Rope, or None"
+      )
+    for name, kind in (
+      ("activation", Activation),
+      ("dtype", DType),
+      ("param_dtype", DType),
+    ):
+      if getattr(self, name) not in typing.get_args(kind):
+        raise ValueError(
+          f"{name}={getattr(self, name)!r} is not one of "
+          f"{list(typing.get_args(kind))}"
+        )
+
+  def _check_window_pattern(self) -> None:
+    if not self.window_pattern:
+      raise ValueError("window_pattern is empty; (None,) is full attention")
+    if len(self.window_pattern) > self.num_layers:
+      raise ValueError(
+        f"window_pattern has {len(self.window_pattern)} entries but there are "
+        f"num_layers={self.num_layers}; shorten the pattern"
+      )
+    for window in self.window_pattern:
+      if window is not None:
+        _check_positive("window_pattern entry", window)
+
+
+def _check_positive(name: str, value: Any) -> None:
+  if not isinstance(value, int) or value < 1:
+    raise ValueError(f"{name}={value!r} must be a positive integer")

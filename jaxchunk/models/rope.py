@@ -1,0 +1,202 @@
+"""Rotary position embeddings and their ways to reach longer contexts.
+
+All scalings here are functions of the position alone, never of the length of
+the sequence, so that a token is embedded the same in every chunk.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+  """Positions divided by `factor` (Chen et al., arXiv 2306.15595)."""
+
+  factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NtkScaling:
+  """The base grows to `theta * factor ** (H / (H - 2))` (NTK-aware)."""
+
+  factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+  """Low frequencies divided by `factor`, high ones kept (Llama 3.1).
+
+  Attributes:
+    factor: Divisor of frequencies with long wavelengths.
+    low_freq_factor: Wavelengths over original / this are divided.
+    high_freq_factor: Wavelengths under original / this are kept.
+    original_length: Context length of the first training, in tokens.
+  """
+
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+  """NTK by parts with a temperature (Peng et al., arXiv 2309.00071).
+
+  Attributes:
+    factor: Ratio of the new context length to the original.
+    original_length: Context length of the first training, in tokens.
+    beta_fast: Channels that turn more often than this are kept.
+    beta_slow: Channels that turn less often than this are divided.
+    attention_factor: Multiplies q and k; `None` is `0.1 ln(factor) + 1`.
+    truncate: Round the borders of the ramp to whole channels.
+  """
+
+  factor: float
+  original_length: int
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float | None = None
+  truncate: bool = True
+
+
+Scaling = LinearScaling | NtkScaling | Llama3Scaling | YarnScaling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+  """A rotary embedding.
+
+  Attributes:
+    theta: The base: channel pair c turns by `theta ** (-2c / H)` a token.
+    scaling: How it reaches beyond the context length of the first training.
+
+  Raises:
+    ValueError: A number is impossible; names it and its value.
+  """
+
+  theta: float = 10_000.0
+  scaling: Scaling | None = None
+
+  def __post_init__(self) -> None:
+    if not self.theta > 1:
+      raise ValueError(f"rope theta={self.theta} must be more than 1")
+    for name in ("factor", "original_length", "low_freq_factor", "beta_slow"):
+      value = getattr(self.scaling, name, 1)
+      if not value > 0:
+        raise ValueError(f"rope {name}={value} must be positive")
+    for low, high in (
+      ("low_freq_factor", "high_freq_factor"),
+      ("beta_slow", "beta_fast"),
+    ):
+      ends = getattr(self.scaling, low, 0), getattr(self.scaling, high, 1)
+      if not ends[0] < ends[1]:
+        raise ValueError(
+          f"rope {low}={ends[0]} must be less than {high}={ends[1]}"
+        )
+
+  def __lt__(self, other: "Rope") -> bool:
+    # An order of any kind: pytrees sort the keys of dictionaries.
+    return repr(self) < repr(other)
+
+
+def frequencies(
+  head_dim: int, rope: Rope
+) -> tuple[Float[np.ndarray, " H/2"], float]:
+  """Angular frequency of each pair of channels, and a factor on cos and sin.
+
+  Args:
+    head_dim: H, even.
+    rope: The embedding.
+
+  Returns:
+    Frequencies in radians per token, fp64, and the factor.
+  """
+  exponent = np.arange(0, head_dim, 2) / head_dim
+  plain = rope.theta**-exponent
+  match rope.scaling:
+    case None:
+      return plain, 1.0
+    case LinearScaling(factor=factor):
+      return plain / factor, 1.0
+    case NtkScaling(factor=factor):
+      grown = rope.theta * factor ** (head_dim / (head_dim - 2))
+      return grown**-exponent, 1.0
+    case Llama3Scaling() as scaling:
+      return _llama3(plain, scaling), 1.0
+    case YarnScaling() as scaling:
+      return _yarn(plain, rope.theta, head_dim, scaling)
+
+
+def _llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
+  turns = scaling.original_length * plain / (2 * math.pi)
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  keep = np.clip((turns - low) / (high - low), 0, 1)
+  return plain * (keep + (1 - keep) / scaling.factor)
+
+
+def _yarn(
+  plain: np.ndarray, theta: float, head_dim: int, scaling: YarnScaling
+) -> tuple[np.ndarray, float]:
+  def channel(turns: float) -> float:
+    period = scaling.original_length / (turns * 2 * math.pi)
+    return head_dim * math.log(period) / (2 * math.log(theta))
+
+  low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
+  if scaling.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, head_dim - 1)
+  ramp = (np.arange(head_dim // 2) - low) / max(high - low, 1e-3)
+  keep = 1 - np.clip(ramp, 0, 1)
+  factor = scaling.attention_factor
+  if factor is None:
+    factor = 0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+  return plain * (keep + (1 - keep) / scaling.factor), factor
+
+
+def rope_tables(
+  positions: Int[Array, "B T"], head_dim: int, rope: Rope, dtype: jnp.dtype
+) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
+  """Cosines and sines of every position and pair of channels.
+
+  Args:
+    positions: Token positions.
+    head_dim: H.
+    rope: The embedding.
+    dtype: Of the activations; the tables are in at least fp32.
+
+  Returns:
+    `(cos, sin)`.
+  """
+  wide = jnp.promote_types(dtype, jnp.float32)
+  freqs, factor = frequencies(head_dim, rope)
+  angle = (
+    positions[..., None].astype(wide) * jnp.asarray(freqs, wide)[None, None]
+  )
+  return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def rotate(
+  x: Float[Array, "*B T H"],
+  tables: tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]],
+) -> Float[Array, "*B T H"]:
+  """Turns channel c with channel c + H/2 by the tables' angles.
+
+  Args:
+    x: `[B, ..., T, H]`: any axes may stand between batch and time.
+    tables: From `rope_tables`.
+
+  Returns:
+    As x.
+  """
+  between = tuple(range(1, x.ndim - 2))
+  cos, sin = (jnp.expand_dims(t, between) for t in tables)
+  first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+  turned = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+  return turned.astype(x.dtype)

@@ -1,0 +1,338 @@
+"""The decoder family: Llama, Qwen, Mistral and Gemma are configurations.
+
+Modules are containers of arrays and of a frozen configuration; a layer is
+three functions, `pre` (to queries, keys and values), attention, and `post`,
+so that the chunk executor can put its own sequence state in the middle.
+Layers with the same place in the window pattern are stacked along a leading
+axis.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxchunk.kernels.attention.api import grouped_attention
+from jaxchunk.kernels.attention.mask import AttentionMask
+from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.dropout import DropoutKeys, dropout
+from jaxchunk.models.rope import Rope, rope_tables, rotate
+from jaxchunk.models.tape import Tape
+
+RopeTables = dict[Rope, tuple[Array, Array]]
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "silu": jax.nn.silu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+class Linear(nnx.Module):
+  """A matrix `kernel [in, out]` and perhaps a `bias [out]`."""
+
+  def __init__(
+    self,
+    cfg: ModelConfig,
+    inputs: int,
+    outputs: int,
+    *,
+    gain: float = 1.0,
+    bias: bool = False,
+    rngs: nnx.Rngs,
+  ):
+    dtype = jnp.dtype(cfg.param_dtype)
+    kernel = jax.random.normal(rngs.params(), (inputs, outputs), dtype)
+    self.kernel = nnx.Param(kernel * gain * inputs**-0.5)
+    self.bias = nnx.data(nnx.Param(jnp.zeros(outputs, dtype)) if bias else None)
+
+
+class Norm(nnx.Module):
+  """RMSNorm over the last axis, computed in at least fp32."""
+
+  def __init__(self, cfg: ModelConfig, width: int):
+    self.offset = 1.0 if cfg.unit_offset_norm else 0.0
+    self.eps = cfg.norm_eps
+    dtype = jnp.dtype(cfg.param_dtype)
+    self.scale = nnx.Param(jnp.full(width, 1 - self.offset, dtype))
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """`x / rms(x) * scale`."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    scale = self.scale[...].astype(wide.dtype) + self.offset
+    scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+    return (wide * lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+
+
+class Block(nnx.Module):
+  """One layer: attention and a gated MLP, each after a norm."""
+
+  def __init__(self, cfg: ModelConfig, window: int | None, rngs: nnx.Rngs):
+    self.cfg = cfg
+    self.window = window
+    D, F, H = cfg.d_model, cfg.d_ff, cfg.head_width
+    N, K = cfg.num_heads, cfg.kv_heads
+    linear = functools.partial(Linear, cfg, rngs=rngs)
+    norm = functools.partial(Norm, cfg)
+    out_gain = (2 * cfg.num_layers) ** -0.5
+    self.attention_norm = norm(D)
+    self.q = linear(D, N * H, bias=cfg.qkv_bias)
+    self.k = linear(D, K * H, bias=cfg.qkv_bias)
+    self.v = linear(D, K * H, bias=cfg.qkv_bias)
+    self.q_norm: Norm | None = nnx.data(norm(H) if cfg.qk_norm else None)
+    self.k_norm: Norm | None = nnx.data(norm(H) if cfg.qk_norm else None)
+    self.o = linear(N * H, D, gain=out_gain)
+    post_norm = norm(D) if cfg.post_norms else None
+    self.attention_post_norm: Norm | None = nnx.data(post_norm)
+    self.mlp_norm = norm(D)
+    self.gate = linear(D, F)
+    self.up = linear(D, F)
+    self.down = linear(F, D, gain=out_gain)
+    post_norm = norm(D) if cfg.post_norms else None
+    self.mlp_post_norm: Norm | None = nnx.data(post_norm)
+
+  def pre(
+    self, x: Float[Array, "B T D"], ropes: RopeTables, tape: Tape
+  ) -> tuple[
+    Float[Array, "B K G T H"],
+    Float[Array, "B K T H"],
+    Float[Array, "B K T H"],
+  ]:
+    """Queries, keys and values of a stretch of tokens, rotated."""
+    cfg = self.cfg
+    K, H = cfg.kv_heads, cfg.head_width
+    h = self.attention_norm(x)
+
+    def project(name: str, letters: str, *shape: int, keep: bool) -> Array:
+      linear = getattr(self, name)
+      kernel = linear.kernel[...].reshape(-1, *shape)
+      spec = f"BTD,D{letters}->B{letters[:-1]}TH"
+      y = tape.product(name, spec, h, kernel, keep=keep)
+      if linear.bias is None:
+        return y
+      bias = linear.bias[...].reshape(1, *shape[:-1], 1, H)
+      return y + bias.astype(y.dtype)
+
+    # Attention's backward reads q; k is in the sequence state by then.
+    q = project("q", "KGH", K, cfg.num_heads // K, H, keep=True)
+    k = project("k", "KH", K, H, keep=cfg.qk_norm)
+    v = project("v", "KH", K, H, keep=False)
+    if self.q_norm is not None and self.k_norm is not None:
+      q, k = self.q_norm(q), self.k_norm(k)
+    tables = ropes[cfg.rope_of(self.window)]
+    return rotate(q, tables), rotate(k, tables), v
+
+  def post(
+    self,
+    x: Float[Array, "B T D"],
+    o: Float[Array, "B K G T H"],
+    tape: Tape,
+    keys: DropoutKeys | None = None,
+  ) -> Float[Array, "B T D"]:
+    """The layer's output from its input and the output of attention."""
+    cfg = self.cfg
+    K, G, H = o.shape[1], o.shape[2], o.shape[4]
+    kernel = self.o.kernel[...].reshape(K, G, H, -1)
+    y = tape.product("o", "BKGTH,KGHD->BTD", o, kernel)
+    if self.attention_post_norm is not None:
+      y = self.attention_post_norm(y)
+    x = x + dropout(y, cfg.dropout, keys, site=0)
+    h = self.mlp_norm(x)
+    gate = tape.product("gate", "BTD,DF->BTF", h, self.gate.kernel[...])
+    up = tape.product("up", "BTD,DF->BTF", h, self.up.kernel[...])
+    h = _ACTIVATIONS[cfg.activation](gate) * up
+    y = tape.product(
+      "down", "BTF,FD->BTD", h, self.down.kernel[...], keep=cfg.post_norms
+    )
+    if self.mlp_post_norm is not None:
+      y = self.mlp_post_norm(y)
+    return x + dropout(y, cfg.dropout, keys, site=1)
+
+  @property
+  def attention_options(self) -> dict[str, Any]:
+    """Scale and soft-cap of the scores."""
+    cfg = self.cfg
+    return {"scale": cfg.score_scale, "softcap": cfg.attention_softcap}
+
+
+class Transformer(nnx.Module):
+  """A decoder-only language model.
+
+  `model(tokens_BT)` gives logits. Parameters: `embed [V,D]`, `blocks`, one
+  stack of layers `[L', ...]` per position of the window pattern,
+  `final_norm`, and `head [V,D]` unless the embedding is tied.
+
+  Args:
+    cfg: The configuration; the model keeps a frozen copy.
+    rngs: Seeds of the initial parameters, `nnx.Rngs(0)`.
+  """
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    cfg = cfg.frozen()
+    self.cfg = cfg
+    dtype = jnp.dtype(cfg.param_dtype)
+    shape = (cfg.vocab_size, cfg.d_model)
+    gain = cfg.d_model**-0.5
+    embed = jax.random.normal(rngs.params(), shape, dtype) * gain
+    self.embed = nnx.Param(embed)
+    stacks = []
+    for position, window in enumerate(cfg.window_pattern):
+      keys = jax.random.split(rngs.params(), cfg.layers_of(position))
+      make = functools.partial(_make_block, cfg, window)
+      stacks.append(jax.vmap(make)(keys))
+    self.blocks = nnx.List(stacks)
+    self.final_norm = Norm(cfg, cfg.d_model)
+    head = None
+    if not cfg.tie_embeddings:
+      head = jax.random.normal(rngs.params(), shape, dtype) * gain
+    self.head = nnx.data(None if head is None else nnx.Param(head))
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    document_ids: Int[Array, "B T"] | None = None,
+    rng: PRNGKeyArray | None = None,
+    implementation: str | None = None,
+    remat: bool = False,
+  ) -> Float[Array, "B T V"]:
+    """Logits of every position, over whole rows.
+
+    Args:
+      tokens: Token ids.
+      segment_ids: 0 is padding; tokens see only their own segment. One
+        segment a row by default.
+      positions: Rotary positions; by default from 0 in every row.
+      document_ids: Names of the sequences, for dropout.
+      rng: Key for dropout; `None` is no dropout.
+      implementation: Of attention; see `jaxchunk.attention`.
+      remat: Keep only the layers' inputs for the backward pass.
+
+    Returns:
+      Logits, in at least fp32.
+    """
+    x = self.hidden(
+      tokens,
+      segment_ids=segment_ids,
+      positions=positions,
+      document_ids=document_ids,
+      rng=rng,
+      implementation=implementation,
+      remat=remat,
+    )
+    return self.logits(x)
+
+  def hidden(
+    self,
+    tokens: Int[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    document_ids: Int[Array, "B T"] | None = None,
+    rng: PRNGKeyArray | None = None,
+    implementation: str | None = None,
+    remat: bool = False,
+  ) -> Float[Array, "B T D"]:
+    """The normed output of the last layer; arguments as `__call__`."""
+    if tokens.ndim != 2:
+      raise ValueError(f"tokens must be [B,T], got shape {tokens.shape}")
+    if positions is None:
+      row = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+      positions = jnp.broadcast_to(row, tokens.shape)
+    mask = AttentionMask.causal()
+    if segment_ids is not None:
+      mask &= AttentionMask.segments(segment_ids)
+    ropes = self.rope_tables(positions)
+    keys = None
+    if rng is not None and self.cfg.dropout:
+      if document_ids is None:
+        row = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+        document_ids = jnp.broadcast_to(row, tokens.shape)
+      keys = DropoutKeys.of(rng, document_ids, positions)
+
+    def layer(x: Array, block: Block, index: Any) -> Array:
+      tape = Tape()
+      q, k, v = block.pre(x, ropes, tape)
+      seen = mask
+      if block.window is not None:
+        seen = mask & AttentionMask.window(block.window)
+      o, _ = grouped_attention(
+        q,
+        k[None],
+        v[None],
+        mask=seen,
+        implementation=implementation,
+        **block.attention_options,
+      )
+      return block.post(x, o, tape, keys and keys.layer(index))
+
+    if remat:
+      layer = jax.checkpoint(layer)
+    x = self.embed_tokens(tokens)
+    period = len(self.cfg.window_pattern)
+    whole, rest = divmod(self.cfg.num_layers, period)
+
+    def body(x: Array, step: Any) -> tuple[Array, None]:
+      number, stacks = step
+      for position, block in enumerate(stacks):
+        x = layer(x, block, number * period + position)
+      return x, None
+
+    stacks = [jax.tree.map(lambda a: a[:whole], b) for b in self.blocks]
+    x, _ = lax.scan(body, x, (jnp.arange(whole), stacks))
+    for position in range(rest):
+      block = layer_of(self.blocks[position], whole)
+      x = layer(x, block, whole * period + position)
+    return self.final_norm(x)
+
+  def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Token embeddings in the compute dtype."""
+    x = self.embed[...][tokens].astype(self.cfg.dtype)
+    if self.cfg.scale_embeddings:
+      # Rounded to the compute dtype first, as the published models do.
+      x = x * jnp.asarray(self.cfg.d_model**0.5, x.dtype)
+    return x
+
+  def rope_tables(self, positions: Int[Array, "B T"]) -> RopeTables:
+    """Cosines and sines for every kind of layer."""
+    cfg = self.cfg
+    ropes = {cfg.rope_of(window) for window in cfg.window_pattern}
+    dtype = jnp.dtype(cfg.dtype)
+    return {
+      rope: rope_tables(positions, cfg.head_width, rope, dtype)
+      for rope in ropes
+    }
+
+  @property
+  def unembed(self) -> Float[Array, "V D"]:
+    """The head's matrix: `head`, or `embed` when tied."""
+    return (self.embed if self.head is None else self.head)[...]
+
+  def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Logits of normed hidden states, in at least fp32."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    w = self.unembed.astype(x.dtype)
+    logits = jnp.einsum("BTD,VD->BTV", x, w, preferred_element_type=wide)
+    cap = self.cfg.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _make_block(cfg: ModelConfig, window: int | None, key: Array) -> Block:
+  return Block(cfg, window, nnx.Rngs(key))
+
+
+def layer_of(stack: Any, index: Any) -> Any:
+  """Layer `index` (may be traced) of a pytree of stacked arrays `[L, ...]`."""
+
+  def take(a: Array) -> Array:
+    return lax.dynamic_index_in_dim(a, index, keepdims=False)
+
+  return jax.tree.map(take, stack)

@@ -1,0 +1,403 @@
+"""Checkpoints: saved in the background, atomic, checked when read.
+
+A step holds three items: `params` and `optimizer` (plain dictionaries of
+arrays) and `meta` (JSON: the place in the data, the configuration, and a
+checksum of every array, because the array files themselves have none: a
+flipped bit reads back as another number without a word).
+"""
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import nnx
+from jax import lax
+from jaxtyping import Array
+
+from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.transformer import Transformer
+from jaxchunk.training import config as config_lib
+from jaxchunk.training.config import CheckpointConfig, Config
+
+DIRECTORY = "checkpoints"
+TOKENIZER = "tokenizer"
+SET_ASIDE = "checkpoints-unreadable"
+_FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+  """Checkpoints cannot be read or written; says which, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A checkpoint that was read whole.
+
+  Attributes:
+    step: Updates that had been tried.
+    params: As the target that was asked for.
+    optimizer: Likewise; `None` if none was asked for.
+    meta: What `save` was given.
+  """
+
+  step: int
+  params: Any
+  optimizer: Any
+  meta: Mapping[str, Any]
+
+
+def prepare_workdir(workdir: Path) -> None:
+  """Makes the folder, and makes sure that one can write into it.
+
+  Raises:
+    CheckpointError: One cannot.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as error:
+    raise CheckpointError(
+      f"cannot write into --workdir={workdir} ({error.strerror}); name a "
+      "folder of yours on a disk with space"
+    ) from error
+
+
+@contextlib.contextmanager
+def open_manager(
+  workdir: Path, options: CheckpointConfig
+) -> Iterator[ocp.CheckpointManager]:
+  """The manager of a run's checkpoints; waits for them when left.
+
+  Raises:
+    CheckpointError: The last checkpoint could not be written.
+  """
+  policies = ocp.checkpoint_managers
+  keep: list[Any] = [policies.LatestN(options.keep_last)]
+  if options.keep_every is not None:
+    keep.append(policies.EveryNSteps(options.keep_every))
+  # Old checkpoints go only after a new one is complete.
+  manager = ocp.CheckpointManager(
+    (workdir / DIRECTORY).absolute(),
+    options=ocp.CheckpointManagerOptions(
+      preservation_policy=policies.AnyPreservationPolicy(keep),
+      cleanup_tmp_directories=True,
+      # Made in the background, a folder that cannot be made leaves Orbax's
+      # threads waiting for it for minutes, and the process with them.
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    ),
+  )
+  try:
+    yield manager
+    with _write_errors(workdir):
+      manager.wait_until_finished()
+  finally:
+    with contextlib.suppress(Exception):
+      manager.close()
+
+
+def save(
+  manager: ocp.CheckpointManager,
+  step: int,
+  *,
+  params: Any,
+  optimizer: Any,
+  meta: Mapping[str, Any],
+) -> None:
+  """Copies the arrays to the host and writes them in the background.
+
+  Returns as soon as the copies are made, so that the arrays may be donated.
+
+  Args:
+    manager: From `open_manager`.
+    step: Names the checkpoint; one that exists is left as it is.
+    params: A nested dictionary of arrays.
+    optimizer: A pytree of arrays.
+    meta: JSON values to keep with them.
+
+  Raises:
+    CheckpointError: An earlier checkpoint could not be written.
+  """
+  if step in manager.all_steps():
+    return
+  sums = {
+    name: _named(jax.device_get(checksums(tree)))
+    for name, tree in (("params", params), ("optimizer", optimizer))
+  }
+  meta = {**meta, "format": _FORMAT, "step": step, "checksums": sums}
+  with _write_errors(Path(manager.directory).parent):
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(params),
+        optimizer=ocp.args.StandardSave(optimizer),
+        meta=ocp.args.JsonSave(meta),
+      ),
+      force=True,
+    )
+
+
+@contextlib.contextmanager
+def _write_errors(workdir: Path) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:
+    # Orbax raises whatever its background thread met.
+    raise CheckpointError(
+      f"a checkpoint could not be written to {workdir / DIRECTORY} "
+      f"({_first_line(error)}); earlier ones are untouched. Free some space "
+      "or mend the permissions, and run the same command again"
+    ) from error
+
+
+def restore(
+  manager: ocp.CheckpointManager,
+  config: Config,
+  *,
+  params: Any,
+  optimizer: Any = None,
+) -> Restored | None:
+  """Reads the newest checkpoint that is whole.
+
+  Newer ones that cannot be read are moved to `checkpoints-unreadable`, with
+  a warning, so that their steps can be saved again.
+
+  Args:
+    manager: From `open_manager`.
+    config: The present configuration.
+    params: Target: a dictionary of `ShapeDtypeStruct`s with shardings. Any
+      mesh will do.
+    optimizer: Target likewise.
+
+  Returns:
+    The checkpoint, or `None` if there is none at all.
+
+  Raises:
+    CheckpointError: The newest is of another architecture or optimizer, or
+      all are unreadable.
+  """
+  workdir = Path(manager.directory).parent
+  unreadable: dict[int, str] = {}
+  for step in sorted(manager.all_steps(), reverse=True):
+    try:
+      meta = _read_meta(manager, step)
+      _check_compatible(meta["config"], config, step, workdir)
+      restored = _read_arrays(manager, step, meta, params, optimizer)
+    except CheckpointError:
+      raise
+    except Exception as error:
+      # Tensorstore, json and Orbax raise too many types to list.
+      unreadable[step] = _first_line(error)
+      logging.warning(
+        "CHECKPOINT %d CANNOT BE READ (%s)", step, unreadable[step]
+      )
+      continue
+    _set_aside(manager, unreadable, restored.step)
+    return restored
+  if unreadable:
+    newest = max(unreadable)
+    raise CheckpointError(
+      f"none of the checkpoints {sorted(unreadable)} in {manager.directory} "
+      f"can be read (newest: {unreadable[newest]}); nothing was changed. Put "
+      "back a copy, or name another --workdir to start anew"
+    )
+  return None
+
+
+def _read_meta(manager: ocp.CheckpointManager, step: int) -> Mapping[str, Any]:
+  found: Any = manager.restore(
+    step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+  )
+  meta: Mapping[str, Any] = found.meta
+  if meta["format"] != _FORMAT:
+    raise CheckpointError(
+      f"checkpoint {step} in {manager.directory} has format "
+      f"{meta['format']}, this jaxchunk reads {_FORMAT}; use the version "
+      "that wrote it"
+    )
+  return meta
+
+
+def _read_arrays(
+  manager: ocp.CheckpointManager,
+  step: int,
+  meta: Mapping[str, Any],
+  params: Any,
+  optimizer: Any,
+) -> Restored:
+  """Reads and checks arrays; raises anything at all if they are damaged."""
+  targets = {"params": params}
+  if optimizer is not None:
+    targets["optimizer"] = optimizer
+  items = {n: ocp.args.StandardRestore(t) for n, t in targets.items()}
+  found: Any = manager.restore(step, args=ocp.args.Composite(**items))
+  for name in targets:
+    stored = meta["checksums"][name]
+    read = _named(jax.device_get(checksums(found[name])))
+    wrong = [path for path in read if read[path] != stored.get(path)]
+    if wrong:
+      raise ValueError(
+        f"the {name} {wrong[:3]} differ from what was saved: damaged on disk"
+      )
+  return Restored(step, found.params, found.get("optimizer"), meta)
+
+
+def _check_compatible(
+  stored: Mapping[str, Any], config: Config, step: int, workdir: Path
+) -> None:
+  """Compares the stored configuration with the present one."""
+  found = config_lib.differences(stored, config)
+  for kind, broken, remedy in (
+    (
+      "architecture",
+      [d for d in found if d.breaks_model],
+      "restore these fields, or name another --workdir to train the new model",
+    ),
+    (
+      "optimizer",
+      [d for d in found if d.field == "train.optimizer"],
+      "its state does not fit; restore it, or name another --workdir",
+    ),
+  ):
+    if broken:
+      raise CheckpointError(
+        f"checkpoint {step} in {workdir} is of another {kind}: "
+        f"{', '.join(map(str, broken))}; {remedy}"
+      )
+  if found:
+    logging.warning(
+      "Resuming with other settings: %s", ", ".join(map(str, found))
+    )
+
+
+def _set_aside(
+  manager: ocp.CheckpointManager, unreadable: Mapping[int, str], good: int
+) -> None:
+  directory = Path(manager.directory)
+  aside = directory.parent / SET_ASIDE
+  for step in unreadable:
+    aside.mkdir(exist_ok=True)
+    target = aside / str(step)
+    number = 1
+    while target.exists():
+      number += 1
+      target = aside / f"{step}-{number}"
+    (directory / str(step)).rename(target)
+    logging.warning(
+      "Checkpoint %d is unreadable and was moved to %s; going on from the "
+      "last good one, step %d.",
+      step,
+      target,
+      good,
+    )
+  if unreadable:
+    manager.reload()
+
+
+@jax.jit
+def checksums(tree: Any) -> Any:
+  """The sum of the bits of each array, modulo 2**32.
+
+  Exact in any order of summation, so it does not depend on the sharding; one
+  flipped bit always changes it.
+  """
+
+  def checksum(x: Array) -> Array:
+    if x.dtype == jnp.bool_:
+      x = x.astype(jnp.uint8)
+    width = min(x.dtype.itemsize, 4)
+    bits = lax.bitcast_convert_type(x, f"uint{8 * width}")
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+  return jax.tree.map(checksum, tree)
+
+
+def _named(tree: Any) -> dict[str, int]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): int(leaf)
+    for path, leaf in leaves
+  }
+
+
+def target_like(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+  """The restore target of a pytree of arrays or of their shapes."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+  )
+
+
+def _first_line(error: BaseException) -> str:
+  text = (str(error).splitlines() or [""])[0][:200]
+  return f"{type(error).__name__}: {text}"
+
+
+def load_for_inference(
+  workdir: str | os.PathLike[str],
+) -> tuple[Transformer, str, int]:
+  """The model of a run, from its workdir alone; changes nothing there.
+
+  Args:
+    workdir: Of a run of `scripts/train.py`.
+
+  Returns:
+    The model on the default device, the folder of its tokenizer, and the
+    step.
+
+  Raises:
+    CheckpointError: There is no checkpoint that can be read.
+  """
+  folder = Path(workdir).absolute()
+  directory = folder / DIRECTORY
+  if not directory.is_dir():
+    raise CheckpointError(
+      f"{folder} has no folder {DIRECTORY!r}; name the --workdir of a run of "
+      "scripts/train.py that has saved"
+    )
+  options = ocp.CheckpointManagerOptions(
+    read_only=True, save_interval_steps=0, create=False
+  )
+  problems = {}
+  with ocp.CheckpointManager(directory, options=options) as manager:
+    for step in sorted(manager.all_steps(), reverse=True):
+      try:
+        return _load_model(manager, step), str(folder / TOKENIZER), step
+      except CheckpointError:
+        raise
+      except Exception as error:
+        # As in `restore`: any type at all.
+        problems[step] = _first_line(error)
+        logging.warning(
+          "CHECKPOINT %d CANNOT BE READ (%s); trying the one before it",
+          step,
+          problems[step],
+        )
+  detail = f": {problems}" if problems else " yet"
+  raise CheckpointError(
+    f"{directory} has no checkpoint that can be read{detail}; put back a copy "
+    "or train again"
+  )
+
+
+def _load_model(manager: ocp.CheckpointManager, step: int) -> Transformer:
+  meta = _read_meta(manager, step)
+  cfg: ModelConfig = config_lib.from_json(ModelConfig, meta["config"]["model"])
+  graphdef, state = abstract_model(cfg)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  target = target_like(nnx.to_pure_dict(state), device)
+  restored = _read_arrays(manager, step, meta, target, None)
+  return nnx.merge(graphdef, nnx.State(restored.params))
+
+
+def abstract_model(cfg: ModelConfig) -> tuple[Any, nnx.State]:
+  """The structure of a model and its parameters' shapes; allocates nothing."""
+  model = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+  return nnx.split(model, nnx.Param)

@@ -1,0 +1,295 @@
+"""A run's configuration: typed, checked before anything is built.
+
+A file in `configs/` defines `get_config() -> Config`; any field can be set on
+the command line, `--config.train.learning_rate=3e-4`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from jaxchunk.chunking.memory import Strategy
+from jaxchunk.data import config as data_config
+from jaxchunk.data.config import DataConfig
+from jaxchunk.models.config import ModelConfig
+
+OptimizerName = Literal["adamw", "adafactor", "muon"]
+ScheduleName = Literal["cosine", "wsd"]
+
+# What may change while the parameters keep their meaning.
+_FREE_MODEL_FIELDS = ("model.dropout", "model.dtype")
+
+
+class ConfigError(ValueError):
+  """A configuration cannot be used; names the field and the remedy."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+  """How to train.
+
+  Attributes:
+    num_steps: Updates to make; the data may end earlier
+      (`data.num_epochs`).
+    seed: Of the initial parameters and of dropout.
+    chunk_size: C, tokens in a chunk.
+    live_chunks: K, chunks whose activations are kept between the forward and
+      the backward pass; the others are computed again.
+    strategy: Order of the work inside a sequence; `None` lets the library
+      choose.
+    optimizer: `"adamw"`, `"adafactor"` or `"muon"` (matrices by Muon, the
+      rest by AdamW).
+    learning_rate: The peak.
+    schedule: `"cosine"`, or `"wsd"`: warm-up, stable, decay.
+    warmup_steps: Steps of linear warm-up.
+    decay_steps: Steps of the final decay of `"wsd"`.
+    final_learning_rate: Where the schedule ends, as a share of the peak.
+    weight_decay: Times the learning rate, on matrices alone.
+    clip_norm: Largest global norm of a gradient; `None` does not clip.
+    beta1: Decay of Adam's first moment, and of Muon's for what Adam updates.
+    beta2: Decay of Adam's second moment.
+    epsilon: Adam's.
+    muon_beta: Decay of Muon's momentum.
+    max_skipped_steps: Stop with an error after so many steps in a row whose
+      loss or gradient is not finite.
+    eval_every: Steps between evaluations on held-out documents; 0 is never.
+    eval_tokens: Most held-out tokens to evaluate on.
+  """
+
+  num_steps: int = 1000
+  seed: int = 0
+  chunk_size: int = 2048
+  live_chunks: int = 1
+  strategy: Strategy | None = None
+  optimizer: OptimizerName = "adamw"
+  learning_rate: float = 1e-3
+  schedule: ScheduleName = "cosine"
+  warmup_steps: int = 100
+  decay_steps: int = 200
+  final_learning_rate: float = 0.1
+  weight_decay: float = 0.1
+  clip_norm: float | None = 1.0
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  muon_beta: float = 0.95
+  max_skipped_steps: int = 10
+  eval_every: int = 100
+  eval_tokens: int = 100_000
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckpointConfig:
+  """When to save and what to keep.
+
+  Attributes:
+    save_every: Steps between checkpoints. The end of a run and a signal to
+      stop save too.
+    keep_last: How many of the newest to keep.
+    keep_every: Keep those at multiples of this for ever; `None` keeps none.
+  """
+
+  save_every: int = 100
+  keep_last: int = 2
+  keep_every: int | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config:
+  """All that a run depends on."""
+
+  model: ModelConfig
+  data: DataConfig
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(
+    default_factory=CheckpointConfig
+  )
+
+
+def validate(config: Config) -> None:
+  """Checks every field that can be checked without reading anything.
+
+  Raises:
+    ConfigError: A field is impossible; names it, its value and the remedy.
+  """
+  if not isinstance(config, Config):
+    raise ConfigError(
+      f"get_config() returned {type(config).__name__}; it must return a "
+      "jaxchunk.training.config.Config"
+    )
+  try:
+    config.model.validate()
+  except ValueError as error:
+    raise ConfigError(f"model.{error}") from error
+  try:
+    data_config.validate(config.data)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+  _check_types("train", config.train)
+  _check_types("checkpoint", config.checkpoint)
+  _validate_train(config.train)
+  for name in ("save_every", "keep_last", "keep_every"):
+    value = getattr(config.checkpoint, name)
+    if value is not None:
+      _check(f"checkpoint.{name}", value, value >= 1, "at least 1")
+
+
+def _check_types(section: str, values: Any) -> None:
+  for name, hint in typing.get_type_hints(type(values)).items():
+    value = getattr(values, name)
+    names = [n for option in options_of(hint) for n in typing.get_args(option)]
+    kinds = tuple(o for o in options_of(hint) if isinstance(o, type))
+    kinds += (int,) if float in kinds else ()
+    fits = isinstance(value, kinds) and not isinstance(value, bool)
+    rule = " or ".join([*map(repr, names), *(kind.__name__ for kind in kinds)])
+    _check(f"{section}.{name}", value, fits or value in names, rule)
+
+
+def _validate_train(train: TrainConfig) -> None:
+  least = {
+    "num_steps": 1,
+    "chunk_size": 1,
+    "live_chunks": 0,
+    "warmup_steps": 0,
+    "max_skipped_steps": 1,
+    "eval_every": 0,
+    "eval_tokens": 1,
+    "seed": 0,
+  }
+  for name, bound in least.items():
+    value = getattr(train, name)
+    _check(f"train.{name}", value, value >= bound, f"at least {bound}")
+  for name in ("learning_rate", "epsilon", "clip_norm"):
+    value = getattr(train, name)
+    if name != "clip_norm" or value is not None:
+      fits = 0 < value < math.inf
+      _check(f"train.{name}", value, fits, "positive and finite")
+  for name in ("beta1", "beta2", "muon_beta"):
+    value = getattr(train, name)
+    _check(f"train.{name}", value, 0 <= value < 1, "in [0, 1)")
+  share = train.final_learning_rate
+  _check("train.final_learning_rate", share, 0 <= share <= 1, "in [0, 1]")
+  decay = train.weight_decay
+  _check("train.weight_decay", decay, 0 <= decay < math.inf, "at least 0")
+  ramps = train.warmup_steps
+  if train.schedule == "wsd":
+    _check(
+      "train.decay_steps", train.decay_steps, train.decay_steps >= 1, ">= 1"
+    )
+    ramps += train.decay_steps
+  if ramps > train.num_steps:
+    raise ConfigError(
+      f"train.warmup_steps and decay_steps need {ramps} steps, more than "
+      f"train.num_steps={train.num_steps}; shorten them"
+    )
+
+
+def _check(field: str, value: Any, fits: bool, rule: str) -> None:
+  if not fits:
+    raise ConfigError(f"{field}={value!r} must be {rule}")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+  """A dataclass as plain JSON values; nested ones name their class."""
+
+  def encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+      fields = {
+        field.name: encode(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+      }
+      return {"class": type(value).__name__, **fields}
+    if isinstance(value, list | tuple):
+      return [encode(item) for item in value]
+    return value
+
+  return encode(config)
+
+
+def from_json(kind: Any, values: Any) -> Any:
+  """The inverse of `to_json` for a value declared as `kind`.
+
+  Raises:
+    ConfigError: A field is unknown: the values come from another version.
+  """
+  choices = {option.__name__: option for option in dataclasses_of(kind)}
+  if isinstance(values, Mapping) and values.get("class") in choices:
+    cls = choices[values["class"]]
+    hints = typing.get_type_hints(cls)
+    given = {name: value for name, value in values.items() if name != "class"}
+    if unknown := sorted(set(given) - set(hints)):
+      raise ConfigError(
+        f"the stored {cls.__name__} has unknown fields {unknown}: it was "
+        "written by another version of jaxchunk"
+      )
+    return cls(**{n: from_json(hints[n], v) for n, v in given.items()})
+  return tuple(values) if isinstance(values, list) else values
+
+
+def options_of(kind: Any) -> tuple[Any, ...]:
+  """The members of a union, or the type itself."""
+  if typing.get_origin(kind) in (typing.Union, types.UnionType):
+    return typing.get_args(kind)
+  return (kind,)
+
+
+def dataclasses_of(kind: Any) -> list[type]:
+  """The dataclasses among the members of a union, or the one type itself."""
+  options = options_of(kind)
+  return [
+    o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)
+  ]
+
+
+def fingerprint(config: Config) -> str:
+  """A short hash of every field."""
+  text = json.dumps(to_json(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """A field that two configurations do not share."""
+
+  field: str
+  stored: Any
+  present: Any
+
+  def __str__(self) -> str:
+    return f"{self.field} (stored {self.stored!r}, now {self.present!r})"
+
+  @property
+  def breaks_model(self) -> bool:
+    """Whether stored parameters lose their meaning."""
+    in_model = self.field.startswith("model.")
+    return in_model and self.field not in _FREE_MODEL_FIELDS
+
+
+def differences(stored: Mapping[str, Any], present: Config) -> list[Difference]:
+  """The fields in which a stored configuration and the present one differ."""
+  old = dict(_flatten(_normal(stored)))
+  new = dict(_flatten(_normal(to_json(present))))
+  return [
+    Difference(field, old.get(field), new.get(field))
+    for field in sorted(set(old) | set(new))
+    if old.get(field) != new.get(field)
+  ]
+
+
+def _normal(values: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Fills in the model's defaults, so that `None` equals what it means."""
+  model = from_json(ModelConfig, values["model"])
+  return {**values, "model": to_json(model.frozen())}
+
+
+def _flatten(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+  if isinstance(values, Mapping):
+    for name, value in values.items():
+      yield from _flatten(value, f"{path}.{name}" if path else name)
+  else:
+    yield path, values

@@ -1,0 +1,341 @@
+"""The training loop: one update for each global batch.
+
+Dispatch stays ahead of the device: a step's metrics are fetched when the next
+step has been dispatched. Only evaluation, checkpoints and the end wait.
+"""
+
+import contextlib
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, PRNGKeyArray
+from tqdm import tqdm
+
+from jaxchunk.chunking import executor
+from jaxchunk.chunking.plan import ChunkPlan
+from jaxchunk.data.accounting import KEPT, Accounting
+from jaxchunk.data.pipeline import GlobalBatch
+from jaxchunk.training import checkpoint, metrics, optimizer, report
+from jaxchunk.training import config as config_lib
+from jaxchunk.training.config import Config
+from jaxchunk.training.metrics import CompileCounter, MetricsWriter
+from jaxchunk.training.run import Run, report_info, save, say, start
+from jaxchunk.training.runtime import Profiler, StopSignal
+from jaxchunk.types import Example
+
+
+class NonFiniteError(RuntimeError):
+  """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+  """A step that was dispatched and whose metrics were not fetched."""
+
+  step: int
+  metrics: optimizer.UpdateMetrics
+  batch: GlobalBatch
+  values: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """How a run ended.
+
+  Attributes:
+    step: Updates tried.
+    accounting: Of all tokens read.
+    heldout_bits_per_byte: Of the last evaluation; `None` if there was none.
+    stopped_by: The signal that ended it, if one did.
+    report: The picture's path.
+  """
+
+  step: int
+  accounting: Accounting
+  heldout_bits_per_byte: float | None
+  stopped_by: str | None
+  report: Path
+
+
+def describe_result(result: Result) -> str:
+  """What to print at the end of a run."""
+  held = result.heldout_bits_per_byte
+  return "\n".join(
+    [
+      f"{'Done' if result.stopped_by is None else result.stopped_by}: "
+      f"{result.step} steps",
+      f"Since the beginning: {result.accounting}",
+      f"Held out: {'not evaluated' if held is None else f'{held:.4f}'}"
+      f"{'' if held is None else ' bits per byte'}",
+      f"Report: {result.report}",
+    ]
+  )
+
+
+def train(
+  config: Config,
+  workdir: str | Path,
+  *,
+  profile_steps: tuple[int, int] | None = None,
+) -> Result:
+  """Trains, or goes on with the run that `workdir` holds.
+
+  Args:
+    config: What to train, on what and how.
+    workdir: A folder for checkpoints, metrics and pictures.
+    profile_steps: First and last step of a trace for xprof.
+
+  Returns:
+    How it ended: all steps made, the data at its end, or a signal.
+
+  Raises:
+    ConfigError: A field is impossible, or the data cannot be opened.
+    CheckpointError: Checkpoints cannot be read or written.
+    NonFiniteError: The loss stayed not finite; the parameters are untouched.
+  """
+  config_lib.validate(config)
+  workdir = Path(workdir).absolute()
+  checkpoint.prepare_workdir(workdir)
+  with (
+    StopSignal() as stop,
+    CompileCounter() as compiles,
+    checkpoint.open_manager(workdir, config.checkpoint) as manager,
+  ):
+    run = start(config, workdir, manager)
+    first = run.step
+    with (
+      contextlib.closing(run.batches),
+      MetricsWriter(workdir, last_step=run.step) as writer,
+      Profiler(workdir / "profile", profile_steps) as profiler,
+      _progress_bar(run) as bar,
+    ):
+      if run.step < config.train.num_steps:
+        _compile(run)
+      for values in steps(run, stop, profiler, compiles, manager):
+        writer.write(values)
+        _show(bar, values)
+        _check_finite(run, values)
+      save(run, manager)
+      total = Accounting.from_json(run.batches.get_state()["total"])
+  # Only now, with the checkpoint on disk: a signal may leave little time.
+  if run.step > first:
+    report.write_info(workdir, report_info(run, total))
+    report.draw(workdir)
+  lines = metrics.read(workdir)
+  name = "heldout_bits_per_byte"
+  heldout = [line[name] for line in lines if line.get(name) is not None]
+  return Result(
+    step=run.step,
+    accounting=total,
+    heldout_bits_per_byte=heldout[-1] if heldout else None,
+    stopped_by=stop.received,
+    report=workdir / report.FILE_NAME,
+  )
+
+
+def steps(
+  run: Run,
+  stop: StopSignal,
+  profiler: Profiler,
+  compiles: CompileCounter,
+  manager: Any,
+) -> Iterator[dict[str, Any]]:
+  """Trains to the end and yields the metrics of each step, one step late."""
+  train, options = run.config.train, run.config.checkpoint
+  pending: Pending | None = None
+  run.clock = time.perf_counter()
+  while run.step < train.num_steps and not stop.received:
+    before = time.perf_counter()
+    batch = next(run.batches, None)
+    waited = time.perf_counter() - before
+    if batch is None:
+      break
+    profiler.before(run.step + 1)
+    launched = launch(run, batch)
+    launched.values.update(compiles=compiles.take(), input_wait=waited)
+    if pending is not None:
+      yield finish(run, pending)
+    pending = launched
+    due = run.step % max(train.eval_every, 1) == 0
+    evaluates = train.eval_every and (due or run.step == train.num_steps)
+    saves = run.step % options.save_every == 0
+    if not (evaluates or saves or profiler.ends_with(run.step)):
+      continue
+    values = finish(run, pending)
+    pending = None
+    if profiler.ends_with(run.step):
+      profiler.stop()
+    if evaluates and run.heldout:
+      values["heldout_bits_per_byte"] = heldout_bits_per_byte(run)
+      values["compiles"] += compiles.take()
+    # The line is written before the checkpoint that says it was.
+    yield values
+    if saves:
+      save(run, manager)
+    run.clock = time.perf_counter()
+  if pending is not None:
+    yield finish(run, pending)
+
+
+def _compile(run: Run) -> None:
+  """Compiles the programs for all lengths, so that no later step has to."""
+  train = run.config.train
+  kept = run.corpus.index.lengths[run.corpus.reasons == KEPT]
+  start_time = time.perf_counter()
+  count = executor.warm_up(
+    run.model,
+    int(kept.max()),
+    chunk_size=train.chunk_size,
+    live_chunks=train.live_chunks,
+    strategy=train.strategy,
+    rng=run.key if run.config.model.dropout else None,
+  )
+  seconds = time.perf_counter() - start_time
+  say(f"Compiled {count} chunk programs in {seconds:.0f} s")
+  run.clock = time.perf_counter()
+
+
+def launch(run: Run, batch: GlobalBatch) -> Pending:
+  """Dispatches one step and replaces the run's parameters and state."""
+  train = run.config.train
+  run.step += 1
+  with (
+    jax.profiler.StepTraceAnnotation("train", step_num=run.step),
+    # Whatever goes to the device goes there on purpose.
+    jax.transfer_guard_host_to_device("disallow"),
+  ):
+    rng = None
+    if run.config.model.dropout:
+      rng = _fold_in(run.key, jax.device_put(np.uint32(run.step)))
+    sums = executor.accumulate(
+      run.model,
+      batch.examples,
+      chunk_size=train.chunk_size,
+      live_chunks=train.live_chunks,
+      strategy=train.strategy,
+      rng=rng,
+    )
+    if sums.grads is None:
+      raise RuntimeError("accumulate returned no gradients")
+    run.params, run.state, scalars = run.update(
+      run.params,
+      run.state,
+      sums.loss,
+      jax.device_put(np.float32(sums.weight)),
+      nnx.to_pure_dict(sums.grads),
+    )
+  plan = sums.plan
+  if run.busiest is None or _longest(plan) > _longest(run.busiest[1]):
+    run.busiest = (run.step, plan)
+  values = {
+    "epoch": batch.epoch,
+    "documents": len(batch.examples),
+    "longest": max(map(len, batch.examples)),
+    "num_chunks": plan.num_chunks,
+    "padding_fraction": plan.padding_fraction,
+  }
+  return Pending(run.step, scalars, batch, values)
+
+
+@jax.jit
+def _fold_in(key: PRNGKeyArray, step: Array) -> PRNGKeyArray:
+  return jax.random.fold_in(key, step)
+
+
+def _longest(plan: ChunkPlan) -> int:
+  return max(lane.num_chunks for lane in plan.lanes)
+
+
+def finish(run: Run, pending: Pending) -> dict[str, Any]:
+  """Waits for a step and returns its line of metrics."""
+  got = jax.device_get(pending.metrics)
+  now = time.perf_counter()
+  seconds, run.clock = now - run.clock, now
+  loss, tokens = float(got.loss), float(got.tokens)
+  size = run.corpus.index.byte_lengths
+  read = sum(int(size[e.document_id]) for e in pending.batch.examples)
+  if pending.batch.last_of_epoch:
+    total = pending.batch.epoch_accounting
+    say(f"Epoch {pending.batch.epoch}: {total}")
+  return {
+    "step": pending.step,
+    "loss": loss,
+    "bits_per_byte": loss * tokens / math.log(2) / max(read, 1),
+    "tokens": int(tokens),
+    "tokens_per_sec": tokens / seconds,
+    "seconds": seconds,
+    "grad_norm": float(got.grad_norm),
+    "learning_rate": float(got.learning_rate),
+    "skipped": int(got.skipped),
+    "skipped_in_a_row": int(got.skipped_in_a_row),
+    **pending.values,
+  }
+
+
+def _check_finite(run: Run, values: dict[str, Any]) -> None:
+  skipped = values["skipped_in_a_row"]
+  if skipped >= run.config.train.max_skipped_steps:
+    raise NonFiniteError(
+      f"loss or gradient was not finite in {skipped} steps in a row, up to "
+      f"step {values['step']} (loss {values['loss']}, gradient norm "
+      f"{values['grad_norm']}); none of them changed the parameters. Lower "
+      "train.learning_rate or train.clip_norm and run the same command again "
+      "to go on from the last checkpoint"
+    )
+
+
+def heldout_bits_per_byte(run: Run) -> float:
+  """Negative log-likelihood of the held-out documents, for each byte.
+
+  In bits, summed over tokens and divided by the documents' bytes, so that it
+  can be compared between tokenizers.
+  """
+  model, size = run.model, run.config.train.chunk_size
+  groups: list[list[Example]] = [[]]
+  room = run.config.data.batch_tokens
+  for example in run.heldout:
+    if groups[-1] and len(example) > room:
+      groups.append([])
+      room = run.config.data.batch_tokens
+    groups[-1].append(example)
+    room -= len(example)
+  losses = [
+    executor.loss_sums(model, group, chunk_size=size).loss for group in groups
+  ]
+  nats = sum(map(float, jax.device_get(losses)))
+  lengths = run.corpus.index.byte_lengths
+  read = sum(int(lengths[e.document_id]) for e in run.heldout)
+  return nats / math.log(2) / max(read, 1)
+
+
+def _progress_bar(run: Run) -> Any:
+  return tqdm(
+    total=run.config.train.num_steps,
+    initial=run.step,
+    unit="step",
+    dynamic_ncols=True,
+    disable=not sys.stderr.isatty(),
+  )
+
+
+def _show(bar: Any, values: dict[str, Any]) -> None:
+  bar.set_postfix_str(
+    f"loss {values['loss']:.3f}, {values['tokens_per_sec']:,.0f} tokens/s, "
+    f"padding {values['padding_fraction']:.1%}",
+    refresh=False,
+  )
+  bar.update()
+  if "heldout_bits_per_byte" in values:
+    say(
+      f"Step {values['step']}: training {values['bits_per_byte']:.3f}, held "
+      f"out {values['heldout_bits_per_byte']:.3f} bits per byte, "
+      f"{values['tokens_per_sec']:,.0f} tokens/s"
+    )

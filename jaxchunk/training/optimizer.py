@@ -1,0 +1,212 @@
+"""Optimizers, schedules, and the one compiled update of a run.
+
+Parameters, gradients and moments are nested dictionaries of arrays. What an
+array is follows from its name: layers are stacked along a leading axis, so a
+stack of norm scales `[L,D]` is as two-dimensional as a matrix.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from jaxchunk.training.config import TrainConfig
+
+Params = Any
+"""A nested dictionary of arrays."""
+
+Schedule = Callable[[Any], Float[Array, ""]]
+
+Kind = Literal["matrix", "embedding", "vector"]
+
+_VECTORS = frozenset({"scale", "bias"})
+_EMBEDDINGS = frozenset({"embed", "embedding", "head", "unembed"})
+_STACKS = frozenset({"blocks"})
+
+
+class OptimizerState(NamedTuple):
+  """What the update keeps besides the parameters.
+
+  Attributes:
+    applied: Updates applied; the schedule's time.
+    skipped: Steps skipped because something was not finite.
+    skipped_in_a_row: Those since the last update applied.
+    inner: Optax's state.
+  """
+
+  applied: Int[Array, ""]
+  skipped: Int[Array, ""]
+  skipped_in_a_row: Int[Array, ""]
+  inner: optax.OptState
+
+
+class UpdateMetrics(NamedTuple):
+  """Scalars of one step, still on the device."""
+
+  loss: Float[Array, ""]
+  tokens: Float[Array, ""]
+  grad_norm: Float[Array, ""]
+  learning_rate: Float[Array, ""]
+  skipped: Int[Array, ""]
+  skipped_in_a_row: Int[Array, ""]
+
+
+def kinds(params: Params) -> Any:
+  """What each array is: a `"matrix"`, an `"embedding"` or a `"vector"`.
+
+  Embeddings include the head. Matrices, possibly stacked over layers or
+  experts, are all that is left with two axes beside those of its stack.
+  """
+
+  def kind(path: tuple[Any, ...], leaf: Any) -> Kind:
+    names = {str(getattr(key, "key", key)) for key in path}
+    if names & _VECTORS:
+      return "vector"
+    if names & _EMBEDDINGS:
+      return "embedding"
+    return "matrix" if leaf.ndim - bool(names & _STACKS) >= 2 else "vector"
+
+  return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def learning_rate_schedule(train: TrainConfig) -> Schedule:
+  """The learning rate of the step after `count` updates.
+
+  Linear warm-up that ends at the peak, then a cosine to the final rate, or a
+  constant and in the last `decay_steps` a decay `1 - sqrt(progress)` to it
+  (Hägele et al., arXiv 2405.18392).
+  """
+  ramp, steps = train.warmup_steps, train.num_steps
+  start = ramp if train.schedule == "cosine" else steps - train.decay_steps
+  floor = train.final_learning_rate
+
+  def rate(count: ArrayLike) -> Float[Array, ""]:
+    time = jnp.asarray(count, jnp.float32)
+    warm = jnp.minimum((time + 1) / max(ramp, 1), 1)
+    # The last step, `steps - 1`, is the one at the final rate.
+    progress = jnp.clip((time - start + 1) / max(steps - start, 1), 0, 1)
+    if train.schedule == "cosine":
+      shape = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    else:
+      shape = 1 - jnp.sqrt(progress)
+    return train.learning_rate * warm * (floor + (1 - floor) * shape)
+
+  return rate
+
+
+def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
+  """The optimizer by name, with decoupled weight decay on matrices alone.
+
+  All take the learning rate of AdamW: Muon's updates are scaled to AdamW's
+  root mean square (0.2, arXiv 2502.16982), and Adafactor's have about 1.
+  """
+  rate = learning_rate_schedule(train)
+
+  def is_matrix(params: Params) -> Any:
+    return jax.tree.map(lambda kind: kind == "matrix", kinds(params))
+
+  if train.optimizer == "muon":
+    return optax.contrib.muon(
+      rate,
+      beta=train.muon_beta,
+      eps=train.epsilon,
+      weight_decay=train.weight_decay,
+      adam_b1=train.beta1,
+      adam_b2=train.beta2,
+      muon_weight_dimension_numbers=muon_dimension_numbers,
+      consistent_rms=0.2,
+    )
+  scale: optax.GradientTransformation
+  if train.optimizer == "adafactor":
+    scale = optax.chain(
+      optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+    )
+  else:
+    scale = optax.scale_by_adam(train.beta1, train.beta2, train.epsilon)
+  return optax.chain(
+    scale,
+    optax.add_decayed_weights(train.weight_decay, is_matrix),
+    optax.scale_by_learning_rate(rate),
+  )
+
+
+def muon_dimension_numbers(params: Params) -> Any:
+  """Matrices are `[..., in, out]`, each orthogonalised alone; else `None`."""
+  numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+  return jax.tree.map(
+    lambda kind: numbers if kind == "matrix" else None, kinds(params)
+  )
+
+
+def init_state(
+  optimizer: optax.GradientTransformation, params: Params
+) -> OptimizerState:
+  """The state before the first update."""
+  # Each its own buffer: the update donates them all.
+  zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
+  return OptimizerState(zeros[0], zeros[1], zeros[2], optimizer.init(params))
+
+
+Update = Callable[
+  [Params, OptimizerState, Array, Array, Params],
+  tuple[Params, OptimizerState, UpdateMetrics],
+]
+
+
+def make_update(train: TrainConfig) -> Update:
+  """Compiles `update(params, state, loss, weight, grads)`; donates the state.
+
+  Divides the sums `loss = sum(w * nll)` and `grads` once by
+  `weight = sum(w)`, clips the global norm and applies the optimizer. If the
+  loss or the norm is not finite nothing changes but the counts of skipped
+  steps.
+
+  Returns:
+    A function to `(params, state, metrics)`. Its first two arguments are
+    gone afterwards.
+  """
+  optimizer = make_optimizer(train)
+  rate = learning_rate_schedule(train)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def update(
+    params: Params,
+    state: OptimizerState,
+    loss: Array,
+    weight: Array,
+    grads: Params,
+  ) -> tuple[Params, OptimizerState, UpdateMetrics]:
+    mean = loss / weight
+    norm = optax.tree.norm(grads) / weight
+    finite = jnp.isfinite(mean) & jnp.isfinite(norm)
+    factor = 1 / weight
+    if train.clip_norm is not None:
+      factor *= jnp.minimum(1, train.clip_norm / jnp.maximum(norm, 1e-30))
+    grads = jax.tree.map(lambda g: g * factor, grads)
+    updates, inner = optimizer.update(grads, state.inner, params)
+    stepped = optax.apply_updates(params, updates)
+
+    def keep(new: Array, old: Array) -> Array:
+      return jnp.where(finite, new, old)
+
+    metrics = UpdateMetrics(
+      loss=mean,
+      tokens=weight,
+      grad_norm=norm,
+      learning_rate=rate(state.applied),
+      skipped=state.skipped + ~finite,
+      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+    )
+    after = OptimizerState(
+      applied=state.applied + finite,
+      skipped=metrics.skipped,
+      skipped_in_a_row=metrics.skipped_in_a_row,
+      inner=jax.tree.map(keep, inner, state.inner),
+    )
+    return jax.tree.map(keep, stepped, params), after, metrics
+
+  return update

@@ -1,0 +1,222 @@
+"""The state of a run: begun or restored, saved, and described."""
+
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+from tqdm import tqdm
+
+from jaxchunk.chunking.executor import choose_strategy
+from jaxchunk.chunking.memory import memory_by_length
+from jaxchunk.chunking.plan import ChunkPlan
+from jaxchunk.data.accounting import Accounting
+from jaxchunk.data.corpus import (
+  Corpus,
+  describe,
+  heldout_examples,
+  open_corpus,
+)
+from jaxchunk.data.pipeline import training_batches
+from jaxchunk.data.tokenizers import load_tokenizer
+from jaxchunk.models.transformer import Transformer
+from jaxchunk.training import checkpoint, optimizer, report, schedule
+from jaxchunk.training import config as config_lib
+from jaxchunk.training.checkpoint import CheckpointError, Restored
+from jaxchunk.training.config import Config, ConfigError
+from jaxchunk.types import Example
+
+
+@dataclasses.dataclass
+class Run:
+  """A run: what stays, and what every step replaces.
+
+  Attributes:
+    config: What was asked for.
+    workdir: Where everything is written.
+    corpus: The documents.
+    batches: Their iterator; its state is the cursor.
+    heldout: Sequences to evaluate on.
+    graphdef: The model without its parameters.
+    update: The compiled update.
+    key: Of dropout.
+    params: Nested dictionary of arrays.
+    state: The optimizer's.
+    step: Updates tried.
+    clock: When the last step ended, or its successor could have begun.
+    busiest: The plan with the longest sequence so far, and its step.
+  """
+
+  config: Config
+  workdir: Path
+  corpus: Corpus
+  batches: grain.DatasetIterator
+  heldout: list[Example]
+  graphdef: Any
+  update: optimizer.Update
+  key: PRNGKeyArray
+  params: optimizer.Params
+  state: optimizer.OptimizerState
+  step: int
+  clock: float = 0.0
+  busiest: tuple[int, ChunkPlan] | None = None
+
+  @property
+  def model(self) -> Transformer:
+    """The model with the present parameters."""
+    return nnx.merge(self.graphdef, nnx.State(self.params))
+
+
+def start(config: Config, workdir: Path, manager: Any) -> Run:
+  """Restores the newest checkpoint, or begins anew.
+
+  Order matters: the stored configuration is compared first, so that another
+  architecture is not mistaken for damage; then arrays are read into targets
+  with explicit shardings; then the data goes to its cursor, which checks that
+  the documents are the same. Metrics are cut back last, by the caller, when
+  nothing can fail any more.
+  """
+  graphdef, shapes = checkpoint.abstract_model(config.model)
+  tx = optimizer.make_optimizer(config.train)
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  target = checkpoint.target_like(nnx.to_pure_dict(shapes), device)
+  init = functools.partial(optimizer.init_state, tx)
+  restored = checkpoint.restore(
+    manager,
+    config,
+    params=target,
+    optimizer=checkpoint.target_like(jax.eval_shape(init, target), device),
+  )
+  corpus = _open(config, workdir, restored)
+  batches = training_batches(corpus)
+  if restored is None:
+    model = Transformer(config.model, rngs=nnx.Rngs(config.train.seed))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params, state = jax.device_put((params, init(params)), device)
+    step = 0
+    corpus.tokenizer.save(workdir / checkpoint.TOKENIZER)
+  else:
+    params, state, step = restored.params, restored.optimizer, restored.step
+    try:
+      batches.set_state(dict(restored.meta["cursor"]))
+    except ValueError as error:
+      raise CheckpointError(
+        f"checkpoint {step} in {workdir} cannot go on: {error}"
+      ) from error
+    say(f"Resuming after step {step} of {workdir}")
+  limit = config.train.eval_tokens
+  heldout = heldout_examples(corpus, max_tokens=limit)
+  if config.train.eval_every and not heldout:
+    say(
+      f"No evaluation: no held-out document within train.eval_tokens={limit} "
+      f"(data.heldout_fraction={config.data.heldout_fraction})"
+    )
+  text = json.dumps(config_lib.to_json(config), indent=2)
+  (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
+  return Run(
+    config=config,
+    workdir=workdir,
+    corpus=corpus,
+    batches=batches,
+    heldout=heldout,
+    graphdef=graphdef,
+    update=optimizer.make_update(config.train),
+    key=jax.device_put(jax.random.key(config.train.seed), device),
+    params=params,
+    state=state,
+    step=step,
+  )
+
+
+def _open(config: Config, workdir: Path, restored: Restored | None) -> Corpus:
+  """The documents, with the tokenizer that the run began with."""
+  tokenizer = None
+  saved = workdir / checkpoint.TOKENIZER
+  try:
+    if restored is not None and saved.is_dir():
+      special = config.data.parse_special
+      tokenizer = load_tokenizer(str(saved), parse_special=special)
+    corpus = open_corpus(config.data, tokenizer=tokenizer)
+  except (ValueError, OSError) as error:
+    raise ConfigError(str(error)) from error
+  if corpus.tokenizer.vocab_size > config.model.vocab_size:
+    raise ConfigError(
+      f"model.vocab_size={config.model.vocab_size} is less than the "
+      f"{corpus.tokenizer.vocab_size} ids of data.tokenizer="
+      f"{config.data.tokenizer!r}; raise it"
+    )
+  say(describe(corpus))
+  return corpus
+
+
+def save(run: Run, manager: Any) -> None:
+  """Starts to save the run as it is now; steps must have been finished."""
+  checkpoint.save(
+    manager,
+    run.step,
+    params=run.params,
+    optimizer=run.state,
+    meta={
+      "config": config_lib.to_json(run.config),
+      "fingerprint": config_lib.fingerprint(run.config),
+      "cursor": run.batches.get_state(),
+    },
+  )
+
+
+def report_info(run: Run, total: Accounting) -> report.RunInfo:
+  """What the report shows besides the metrics."""
+  cfg, train = run.config.model, run.config.train
+  parameters = sum(x.size for x in jax.tree.leaves(run.params))
+  picture = None
+  if run.busiest is not None:
+    step, plan = run.busiest
+    strategy = train.strategy or choose_strategy(cfg, train.live_chunks)
+    picture = schedule.of_plan(
+      f"Step {step}: {plan.num_chunks} chunks of {train.chunk_size:,} tokens "
+      f"in {len(plan.lanes)} lane{'s' if len(plan.lanes) > 1 else ''}, "
+      f"{strategy.replace('_', '-')}",
+      [lane.num_chunks for lane in plan.lanes],
+      cfg=cfg,
+      chunk_size=train.chunk_size,
+      live_chunks=train.live_chunks,
+      strategy=strategy,
+    )
+  return report.RunInfo(
+    title=f"{run.workdir.name}: {parameters:,} parameters, step {run.step:,}",
+    chunk_size=train.chunk_size,
+    lengths=report.document_lengths(
+      run.corpus.index.lengths, run.corpus.reasons
+    ),
+    accounting=total,
+    schedule=picture,
+    memory=_memory(run),
+  )
+
+
+def _memory(run: Run) -> report.Memory:
+  """Predicted memory up to the longest document of the corpus."""
+  size = run.config.train.chunk_size
+  longest = max(int(run.corpus.index.lengths.max()), 2 * size)
+  lengths = [size]
+  while lengths[-1] < longest:
+    lengths.append(2 * lengths[-1])
+  ways = memory_by_length(
+    run.config.model,
+    lengths,
+    chunk_size=size,
+    live_chunks=run.config.train.live_chunks,
+  )
+  return report.Memory(lengths, ways)
+
+
+def say(text: str) -> None:
+  """Prints without tearing the progress bar."""
+  tqdm.write(text)
+  sys.stdout.flush()

@@ -1,0 +1,1 @@
+"""Exact attention over blocks; `api.attention` is the public op."""

@@ -1,0 +1,237 @@
+"""The public attention op."""
+
+import functools
+import logging
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxchunk.kernels.attention import xla
+from jaxchunk.kernels.attention.mask import AttentionMask
+from jaxchunk.kernels.attention.reference import attention_reference
+from jaxchunk.kernels.vma import match_primal
+
+Implementation = Literal["xla", "reference"]
+_IMPLEMENTATIONS = ("xla", "reference")
+
+
+def attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  *,
+  mask: AttentionMask | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  implementation: Implementation | None = None,
+  return_lse: bool = False,
+) -> Any:
+  r"""Exact attention with grouped heads, blockwise, at any length.
+
+  Computes, for query head n of key head `n // (N / K)`,
+
+      softmax(softcap * tanh(scale * q k^T / softcap) + mask) v
+
+  with the soft-cap left out when `softcap` is `None`. Differentiable in q, k
+  and v (and through the log-sum-exp); the backward pass recomputes scores, so
+  neither pass holds `[T,S]`, and blocks that the mask hides cost nothing.
+
+  Args:
+    q: Queries `[B,T,N,H]`, fp32, bf16, fp16 or fp64.
+    k: Keys `[B,S,K,H]` in q's dtype; N must be a multiple of K.
+    v: Values `[B,S,K,H]` in q's dtype.
+    mask: Which keys each query sees (`AttentionMask`); all of them if `None`.
+    scale: Factor on the scores; `H ** -0.5` if `None`.
+    softcap: Bound on the scores' absolute value.
+    implementation: "xla" (blockwise) or "reference" (holds every score).
+      `None` picks the fastest for the platform and logs what ran, once; a
+      named implementation never falls back.
+    return_lse: Also return the log-sum-exp of the scores.
+
+  Returns:
+    The output `[B,T,N,H]` in q's dtype; with `return_lse` also the lse
+    `[B,T,N]` in at least fp32. A query that sees no key gives 0 and -inf.
+
+  Raises:
+    ValueError: Shapes or dtypes do not fit together, or the implementation's
+      name is unknown.
+  """
+  mask = AttentionMask() if mask is None else mask
+  _check(q, k, v, mask)
+  if scale is None:
+    scale = q.shape[-1] ** -0.5
+  if softcap is not None and not softcap > 0:
+    raise ValueError(f"softcap must be positive, got {softcap}")
+  o, lse = grouped_attention(
+    grouped(q, k.shape[2]),
+    *(x.transpose(0, 2, 1, 3)[None] for x in (k, v)),
+    mask=mask,
+    scale=scale,
+    softcap=softcap,
+    implementation=implementation,
+  )
+  o = ungrouped(o)
+  return (o, ungrouped(lse[..., None])[..., 0]) if return_lse else o
+
+
+def grouped_attention(
+  q: Float[Array, "B K G T H"],
+  k: Float[Array, "1 B K S H"],
+  v: Float[Array, "1 B K S H"],
+  *,
+  mask: AttentionMask,
+  scale: float,
+  softcap: float | None = None,
+  implementation: str | None = None,
+) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T"]]:
+  """`attention` in the layout that the library uses inside; unchecked.
+
+  Args:
+    q: Queries.
+    k: Keys, as a cache of one layer.
+    v: Values.
+    mask: Which keys each query sees.
+    scale: Factor on the scores.
+    softcap: Cap on the scores.
+    implementation: As `attention`.
+
+  Returns:
+    The output and the log-sum-exp.
+
+  Raises:
+    ValueError: The implementation's name is unknown.
+  """
+  if implementation is None:
+    implementation = "xla"
+    _log_choice(implementation)
+  if implementation == "xla":
+    return _flash(scale, softcap, q, k, v, mask)
+  if implementation == "reference":
+    o, lse = attention_reference(
+      ungrouped(q),
+      *(x[0].transpose(0, 2, 1, 3) for x in (k, v)),
+      mask=mask,
+      scale=scale,
+      softcap=softcap,
+    )
+    K = k.shape[2]
+    return grouped(o, K), grouped(lse[..., None], K)[..., 0]
+  raise ValueError(
+    f"unknown attention implementation {implementation!r}; there are "
+    f"{list(_IMPLEMENTATIONS)}"
+  )
+
+
+def grouped(
+  q: Float[Array, "B T N H"], num_kv_heads: int
+) -> Float[Array, "B K G T H"]:
+  """The internal layout of queries, with the query heads of a key head."""
+  B, T, N, H = q.shape
+  q = q.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
+  return q.transpose(0, 2, 3, 1, 4)
+
+
+def ungrouped(o: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
+  """The inverse of `grouped`."""
+  B, K, G, T, H = o.shape
+  return o.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _flash(
+  scale: float,
+  softcap: float | None,
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: AttentionMask,
+) -> tuple[Array, Array]:
+  return xla.flash_forward(q, k, v, mask, scale=scale, softcap=softcap)
+
+
+def _flash_fwd(
+  scale: float,
+  softcap: float | None,
+  q: Array,
+  k: Array,
+  v: Array,
+  mask: AttentionMask,
+) -> tuple[tuple[Array, Array], Any]:
+  o, lse = _flash(scale, softcap, q, k, v, mask)
+  return (o, lse), (q, k, v, mask, o, lse)
+
+
+def _flash_bwd(
+  scale: float, softcap: float | None, saved: Any, cotangents: Any
+) -> Any:
+  q, k, v, mask, o, lse = saved
+  do, dlse = cotangents
+  wide = jnp.promote_types(k.dtype, jnp.float32)
+  zero = jnp.zeros(k.shape, wide)
+  dq, dk, dv = xla.flash_backward(
+    q,
+    k,
+    v,
+    mask,
+    o,
+    lse,
+    do,
+    zero,
+    zero,
+    dlse=dlse,
+    scale=scale,
+    softcap=softcap,
+  )
+  grads = (dq, dk.astype(k.dtype), dv.astype(v.dtype))
+  return (*match_primal(grads, (q, k, v)), None)
+
+
+_flash.defvjp(_flash_fwd, _flash_bwd)
+
+
+def _check(q: Array, k: Array, v: Array, mask: AttentionMask) -> None:
+  for name, x in (("q", q), ("k", k), ("v", v)):
+    if x.ndim != 4:
+      raise ValueError(
+        f"{name} must be [batch, length, heads, head width], got shape "
+        f"{x.shape}"
+      )
+    if x.dtype != q.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(
+        f"q, k and v must have one floating dtype, got q {q.dtype}, "
+        f"{name} {x.dtype}"
+      )
+  if k.shape != v.shape:
+    raise ValueError(f"k has shape {k.shape} and v {v.shape}; they must agree")
+  if 0 in q.shape or 0 in k.shape:
+    raise ValueError(f"empty attention: q {q.shape}, k {k.shape}")
+  B, T, N, H = q.shape
+  if (k.shape[0], k.shape[3]) != (B, H):
+    raise ValueError(
+      f"q has batch {B} and head width {H}, k has batch {k.shape[0]} and head "
+      f"width {k.shape[3]}"
+    )
+  K = k.shape[2]
+  if N % K:
+    raise ValueError(f"q has N={N} heads, not a multiple of k's K={K}")
+  if (mask.q_segment_ids is None) != (mask.kv_segment_ids is None):
+    raise ValueError(
+      "the mask has segment ids of only one side; build it with "
+      "AttentionMask.segments(q_ids, kv_ids)"
+    )
+  for name, ids, length in (
+    ("q", mask.q_segment_ids, T),
+    ("kv", mask.kv_segment_ids, k.shape[1]),
+  ):
+    if ids is not None and ids.shape != (B, length):
+      raise ValueError(
+        f"{name} segment ids have shape {ids.shape}, not [batch, length] = "
+        f"{(B, length)}"
+      )
+
+
+@functools.cache
+def _log_choice(implementation: str) -> None:
+  logging.getLogger("jaxchunk").info("attention: running %s", implementation)

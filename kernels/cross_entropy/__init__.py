@@ -1,0 +1,1 @@
+"""The loss of a linear head without its logits."""

@@ -1,0 +1,64 @@
+"""Helpers for `jax.shard_map(..., check_vma=True)`.
+
+Inside a checked shard_map every value knows over which mesh axes it varies.
+Two things then need care, and both are silent errors with the check off:
+
+- a loop carry made from nothing (`jnp.zeros`) does not vary, but what the loop
+  puts into it does: `vary_like`;
+- a custom_vjp rule must return the cotangent of a replicated primal summed
+  over the axes on which the replicas differ: `match_primal`.
+
+Outside a shard_map both return their argument.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+
+Tree = TypeVar("Tree")
+
+
+def varying_axes(*trees: Any) -> frozenset[str]:
+  """The mesh axes over which any array of the trees varies."""
+  axes: frozenset[str] = frozenset()
+  for leaf in jax.tree.leaves(trees):
+    axes |= jax.typeof(leaf).manual_axis_type.varying
+  return axes
+
+
+def vary_like(value: Tree, *references: Any) -> Tree:
+  """Makes every array of `value` vary over the axes of the references.
+
+  Args:
+    value: A pytree of arrays, such as the initial carry of a loop.
+    *references: Pytrees of arrays; the union of their axes is taken.
+
+  Returns:
+    `value`, unchanged outside a shard_map.
+  """
+  axes = varying_axes(*references)
+
+  def vary(leaf: jax.Array) -> jax.Array:
+    missing = tuple(sorted(axes - varying_axes(leaf)))
+    return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+  return jax.tree.map(vary, value) if axes else value
+
+
+def match_primal(cotangent: Tree, primal: Any) -> Tree:
+  """Sums a cotangent over the axes on which its primal is replicated.
+
+  Args:
+    cotangent: A pytree of arrays as a custom_vjp rule computed them.
+    primal: The primals, of the same structure.
+
+  Returns:
+    Cotangents that vary exactly as the primals do.
+  """
+
+  def match(ct: jax.Array, x: jax.Array) -> jax.Array:
+    extra = tuple(sorted(varying_axes(ct) - varying_axes(x)))
+    return vary_like(lax.psum(ct, extra) if extra else ct, x)
+
+  return jax.tree.map(match, cotangent, primal)

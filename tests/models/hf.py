@@ -1,0 +1,134 @@
+"""Small random models of `transformers`, and their weights in ours."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from flax import nnx
+
+from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.transformer import Transformer
+
+# The models are too small to gain from more, and tests share the cores.
+torch.set_num_threads(1)
+
+_MODELS = {
+  "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+  "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+  "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+  "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+  "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
+  "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+  "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+}
+
+_LLAMA_NORMS = {
+  "attention_norm": "input_layernorm",
+  "mlp_norm": "post_attention_layernorm",
+}
+_GEMMA2_NORMS = {
+  "attention_norm": "input_layernorm",
+  "attention_post_norm": "post_attention_layernorm",
+  "mlp_norm": "pre_feedforward_layernorm",
+  "mlp_post_norm": "post_feedforward_layernorm",
+}
+_QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_LINEARS = {
+  "q": "self_attn.q_proj",
+  "k": "self_attn.k_proj",
+  "v": "self_attn.v_proj",
+  "o": "self_attn.o_proj",
+  "gate": "mlp.gate_proj",
+  "up": "mlp.up_proj",
+  "down": "mlp.down_proj",
+}
+
+
+def random_model(family: str, cfg: ModelConfig, **fields: Any) -> Any:
+  """A model of the family with the sizes of cfg and random weights.
+
+  What makes the family (its pattern of windows, its norms, its activation,
+  its scale of scores) is left to transformers' own defaults.
+  """
+  make_config, make_model = _MODELS[family]
+  config = make_config(
+    vocab_size=cfg.vocab_size,
+    hidden_size=cfg.d_model,
+    intermediate_size=cfg.d_ff,
+    num_hidden_layers=cfg.num_layers,
+    num_attention_heads=cfg.num_heads,
+    num_key_value_heads=cfg.kv_heads,
+    head_dim=cfg.head_width,
+    rms_norm_eps=cfg.norm_eps,
+    attn_implementation="eager",  # the others leave out the soft-cap
+    pad_token_id=None,
+    **({"tie_word_embeddings": cfg.tie_embeddings} | fields),
+  )
+  model = make_model(config).eval()
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for p in model.parameters():
+      noise = torch.randn(p.shape, generator=generator)
+      # Trained scales and biases; products of unit size.
+      p.copy_(p + 0.3 * noise if p.ndim == 1 else noise * p.shape[1] ** -0.5)
+  return model
+
+
+def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+  """What transformers says."""
+  with torch.no_grad():
+    return model(torch.from_numpy(tokens).long()).logits.numpy()
+
+
+def weights(model: Any) -> dict[str, np.ndarray]:
+  """Parameters by name; a tied one is there once."""
+  return {k: v.detach().numpy() for k, v in model.named_parameters()}
+
+
+def loss_and_gradients(
+  model: Any, tokens: np.ndarray, targets: np.ndarray
+) -> tuple[float, dict[str, np.ndarray]]:
+  """The mean cross-entropy and its gradients by name."""
+  scores = model(torch.from_numpy(tokens).long()).logits
+  loss = torch.nn.functional.cross_entropy(
+    scores.flatten(0, 1), torch.from_numpy(targets).long().flatten()
+  )
+  loss.backward()
+  grads = {k: v.grad.numpy() for k, v in model.named_parameters()}
+  return loss.item(), grads
+
+
+def convert(arrays: dict[str, np.ndarray], cfg: ModelConfig) -> Transformer:
+  """Our model with the arrays, weights or gradients, of transformers' one."""
+  left = dict(arrays)
+  ours = Transformer(cfg, rngs=nnx.Rngs(0))
+
+  def take(name: str) -> Any:
+    return jnp.asarray(left.pop(name))
+
+  ours.embed[...] = take("model.embed_tokens.weight")
+  ours.final_norm.scale[...] = take("model.norm.weight")
+  if ours.head is not None:
+    ours.head[...] = take("lm_head.weight")
+  norms = _GEMMA2_NORMS if cfg.post_norms else _LLAMA_NORMS
+  if cfg.qk_norm:
+    norms = norms | _QK_NORMS
+  period = len(ours.blocks)
+  for position, block in enumerate(ours.blocks):
+    layers = range(position, cfg.num_layers, period)
+
+    def stacked(name: str, layers: range = layers) -> Any:
+      return jnp.stack([take(f"model.layers.{i}.{name}") for i in layers])
+
+    for mine, theirs in norms.items():
+      getattr(block, mine).scale[...] = stacked(f"{theirs}.weight")
+    for mine, theirs in _LINEARS.items():
+      linear = getattr(block, mine)
+      linear.kernel[...] = stacked(f"{theirs}.weight").swapaxes(1, 2)
+      if linear.bias is not None:
+        linear.bias[...] = stacked(f"{theirs}.bias")
+  if left:
+    raise AssertionError(f"not converted: {sorted(left)}")
+  return ours

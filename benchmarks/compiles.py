@@ -16,7 +16,12 @@ from common import report, rounded
 from flax import nnx
 
 import jaxchunk as jc
-from jaxchunk.chunking.executor import accumulate, lane_program, warm_up
+from jaxchunk.chunking.executor import (
+  accumulate,
+  lane_program,
+  make_options,
+  warm_up,
+)
 from jaxchunk.types import Example
 
 _CACHE = flags.DEFINE_string("cache", None, "For the restarts only.")
@@ -41,12 +46,13 @@ def programs_of_two_epochs() -> dict[str, float]:
   )
   model = jc.Transformer(cfg, rngs=nnx.Rngs(0))
   longest = 20 * _CHUNK
-  warm_up(model, longest, chunk_size=_CHUNK)
+  options = make_options(model, chunk_size=_CHUNK)
+  warm_up(model, longest, options)
   counts = []
   for epoch in range(2):
     for seed in range(3):
       rng = np.random.default_rng(100 * epoch + seed)
-      sums = accumulate(model, examples(rng, longest), chunk_size=_CHUNK)
+      sums = accumulate(model, examples(rng, longest), options)
       jax.block_until_ready(sums.loss)
     counts.append(lane_program._cache_size())
   return {

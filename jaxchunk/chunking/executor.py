@@ -44,13 +44,13 @@ class Sums(NamedTuple):
   Attributes:
     loss: `sum(weights * nll)`, a scalar on device.
     weight: `sum(weights)`.
-    grads: Gradients of `loss`, in at least fp32; `None` if not asked for.
+    grads: Gradients of `loss`, in at least fp32.
     plan: How the batch was cut into chunks.
   """
 
   loss: Float[Array, ""]
   weight: float
-  grads: nnx.State | None
+  grads: nnx.State
   plan: ChunkPlan
 
 
@@ -197,14 +197,9 @@ def _zero_totals(
 def accumulate(
   model: Transformer,
   examples: Sequence[Example],
+  options: Options,
   *,
-  chunk_size: int,
-  live_chunks: int = 1,
-  strategy: Strategy | None = None,
-  trainable: Any = None,
   rng: PRNGKeyArray | None = None,
-  keep: Keep = "all",
-  grad_dtype: str | None = None,
 ) -> Sums:
   """Sums of loss and gradients over sequences, run by chunks.
 
@@ -215,35 +210,18 @@ def accumulate(
   Args:
     model: The model.
     examples: Sequences of any length.
-    chunk_size: C, tokens per chunk.
-    live_chunks: K, chunks that keep their activations at once; means nothing
-      to "layer_outer".
-    strategy: "chunk_outer", "layer_outer", or `None` for the one with the
-      smaller state per token.
-    trainable: Which parameters; see `Trainable.of`.
+    options: From `make_options`.
     rng: Key for dropout; `None` is no dropout.
-    keep: What live chunks keep of each layer, "all" products or "inputs".
-    grad_dtype: Of the gradients of keys and values; at least fp32 by default.
 
   Returns:
     The sums; `grads` has the structure of `nnx.state(model, trainable)`.
 
   Raises:
-    ValueError: An argument is out of range.
+    ValueError: A token is not in the vocabulary.
   """
-  options = make_options(
-    model,
-    chunk_size=chunk_size,
-    live_chunks=live_chunks,
-    strategy=strategy,
-    trainable=trainable,
-    keep=keep,
-    grad_dtype=grad_dtype,
-  )
-  check_vocabulary(examples, model.cfg.vocab_size)
-  plan = chunk_plan([len(e) for e in examples], options.chunk_size)
+  plan, lanes = _plan_lanes(model, examples, options.chunk_size)
   totals = _zero_totals(model, trainable=options.trainable)
-  for lane, num_chunks in place_lanes(model, pack_lanes(examples, plan), plan):
+  for lane, num_chunks in place_lanes(model, lanes, plan):
     totals = lane_program(model, lane, num_chunks, totals, rng, options=options)
   loss, grads = totals
   return Sums(loss, _weight(examples), options.trainable.state(grads), plan)
@@ -252,14 +230,9 @@ def accumulate(
 def warm_up(
   model: Transformer,
   longest: int,
+  options: Options,
   *,
-  chunk_size: int,
-  live_chunks: int = 1,
-  strategy: Strategy | None = None,
-  trainable: Any = None,
   rng: PRNGKeyArray | None = None,
-  keep: Keep = "all",
-  grad_dtype: str | None = None,
 ) -> int:
   """Compiles every program that `accumulate` may need, by running it once.
 
@@ -267,48 +240,33 @@ def warm_up(
   compiles anything.
 
   Args:
-    model: As `accumulate`, like the other arguments.
+    model: The model.
     longest: Length of the longest sequence to come, in tokens.
-    chunk_size: C.
-    live_chunks: K.
-    strategy: Which loop is outside.
-    trainable: Which parameters.
+    options: From `make_options`.
     rng: Any key if dropout will be used.
-    keep: What live chunks keep.
-    grad_dtype: Of the gradients of keys and values.
 
   Returns:
     How many programs there are: at most `2 + log2(longest / C)`, for a
     longest of C or more.
   """
-  options = make_options(
-    model,
-    chunk_size=chunk_size,
-    live_chunks=live_chunks,
-    strategy=strategy,
-    trainable=trainable,
-    keep=keep,
-    grad_dtype=grad_dtype,
-  )
   token = np.zeros(1, np.int32)
   example = Example(token, token, np.zeros(1, np.float32))
-  plan = chunk_plan([1], options.chunk_size)
-  (arrays,) = pack_lanes([example], plan)
+  plan, lanes = _plan_lanes(model, [example], options.chunk_size)
   totals = _zero_totals(model, trainable=options.trainable)
   top = capacity_chunks(-(-longest // options.chunk_size))
   capacities = [1 << n for n in range(top.bit_length())]
   for capacity in capacities:
-    for lane, num_chunks in place_lanes(model, [arrays], plan, capacity):
+    for lane, num_chunks in place_lanes(model, lanes, plan, capacity):
       totals = lane_program(
         model, lane, num_chunks, totals, rng, options=options
       )
   return len(capacities)
 
 
-def loss_sums(
+def loss_sum(
   model: Transformer, examples: Sequence[Example], *, chunk_size: int
-) -> Sums:
-  """Sums of the loss over sequences, forward only; see `accumulate`.
+) -> Float[Array, ""]:
+  """`sum(weights * nll)` over sequences, forward only; see `accumulate`.
 
   Args:
     model: The model.
@@ -316,20 +274,18 @@ def loss_sums(
     chunk_size: C, tokens per chunk.
 
   Returns:
-    The sums, with `grads` `None`.
+    The sum, a scalar on device.
 
   Raises:
     ValueError: An argument is out of range, or a token not in the vocabulary.
   """
   options = make_options(model, chunk_size=chunk_size)
-  check_vocabulary(examples, model.cfg.vocab_size)
-  plan = chunk_plan([len(e) for e in examples], options.chunk_size)
-  lanes = pack_lanes(examples, plan)
+  plan, lanes = _plan_lanes(model, examples, options.chunk_size)
   wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
   total = jax.device_put(np.zeros((), wide), data_sharding(model))
   for lane, num_chunks in place_lanes(model, lanes, plan):
     total = loss_program(model, lane, num_chunks, total, options=options)
-  return Sums(total, _weight(examples), None, plan)
+  return total
 
 
 def token_nll(
@@ -346,9 +302,7 @@ def token_nll(
     Unweighted nll in at least fp32, on the host, in the order given.
   """
   options = make_options(model, chunk_size=chunk_size)
-  check_vocabulary(examples, model.cfg.vocab_size)
-  plan = chunk_plan([len(e) for e in examples], options.chunk_size)
-  lanes = pack_lanes(examples, plan)
+  plan, lanes = _plan_lanes(model, examples, options.chunk_size)
   running = [
     nll_program(model, lane, num_chunks, options=options)
     for lane, num_chunks in place_lanes(model, lanes, plan)
@@ -359,6 +313,14 @@ def token_nll(
     for sequence, offset in lane.sequences:
       nll[sequence] = row[offset : offset + len(examples[sequence])]
   return [nll[n] for n in range(len(examples))]
+
+
+def _plan_lanes(
+  model: Transformer, examples: Sequence[Example], chunk_size: int
+) -> tuple[ChunkPlan, list[LaneArrays]]:
+  check_vocabulary(examples, model.cfg.vocab_size)
+  plan = chunk_plan([len(e) for e in examples], chunk_size)
+  return plan, pack_lanes(examples, plan)
 
 
 def _weight(examples: Sequence[Example]) -> float:

@@ -80,6 +80,15 @@ def chunked_value_and_grad(
     ValueError: The batch is malformed or an argument out of range.
   """
   examples = Batch.of(batch).examples()
+  options = make_options(
+    model,
+    chunk_size=chunk_size,
+    live_chunks=live_chunks,
+    strategy=strategy,
+    trainable=trainable,
+    keep=keep,
+    grad_dtype=grad_dtype,
+  )
   if loss is not None:
     if rng is not None and model.cfg.dropout:
       raise ValueError(
@@ -92,19 +101,7 @@ def chunked_value_and_grad(
       dataclasses.replace(e, weights=e.weights * ct)
       for e, ct in zip(examples, cotangents, strict=True)
     ]
-  sums = accumulate(
-    model,
-    examples,
-    chunk_size=chunk_size,
-    live_chunks=live_chunks,
-    strategy=strategy,
-    trainable=trainable,
-    rng=rng,
-    keep=keep,
-    grad_dtype=grad_dtype,
-  )
-  if sums.grads is None:
-    raise RuntimeError("accumulate returned no gradients")
+  sums = accumulate(model, examples, options, rng=rng)
   if loss is not None:
     return value, sums.grads
   weight = np.asarray(sums.weight, sums.loss.dtype)

@@ -187,15 +187,12 @@ def steps(
 
 def _compile(run: Run) -> None:
   """Compiles the programs for all lengths, so that no later step has to."""
-  train = run.config.train
   kept = run.corpus.index.lengths[run.corpus.reasons == KEPT]
   start_time = time.perf_counter()
   count = executor.warm_up(
     run.model,
     int(kept.max()),
-    chunk_size=train.chunk_size,
-    live_chunks=train.live_chunks,
-    strategy=train.strategy,
+    run.options,
     rng=run.key if run.config.model.dropout else None,
   )
   seconds = time.perf_counter() - start_time
@@ -205,7 +202,6 @@ def _compile(run: Run) -> None:
 
 def launch(run: Run, batch: GlobalBatch) -> Pending:
   """Dispatches one step and replaces the run's parameters and state."""
-  train = run.config.train
   run.step += 1
   with (
     jax.profiler.StepTraceAnnotation("train", step_num=run.step),
@@ -215,16 +211,7 @@ def launch(run: Run, batch: GlobalBatch) -> Pending:
     rng = None
     if run.config.model.dropout:
       rng = _fold_in(run.key, jax.device_put(np.uint32(run.step)))
-    sums = executor.accumulate(
-      run.model,
-      batch.examples,
-      chunk_size=train.chunk_size,
-      live_chunks=train.live_chunks,
-      strategy=train.strategy,
-      rng=rng,
-    )
-    if sums.grads is None:
-      raise RuntimeError("accumulate returned no gradients")
+    sums = executor.accumulate(run.model, batch.examples, run.options, rng=rng)
     run.params, run.state, scalars = run.update(
       run.params,
       run.state,
@@ -308,7 +295,7 @@ def heldout_bits_per_byte(run: Run) -> float:
     groups[-1].append(example)
     room -= len(example)
   losses = [
-    executor.loss_sums(model, group, chunk_size=size).loss for group in groups
+    executor.loss_sum(model, group, chunk_size=size) for group in groups
   ]
   nats = sum(map(float, jax.device_get(losses)))
   lengths = run.corpus.index.byte_lengths

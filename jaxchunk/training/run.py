@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
-from jaxchunk.chunking.executor import choose_strategy
+from jaxchunk.chunking.executor import Options, choose_strategy, make_options
 from jaxchunk.chunking.memory import memory_by_length
 from jaxchunk.chunking.plan import ChunkPlan
 from jaxchunk.data.accounting import Accounting
@@ -44,6 +44,7 @@ class Run:
     batches: Their iterator; its state is the cursor.
     heldout: Sequences to evaluate on.
     graphdef: The model without its parameters.
+    options: What the chunk programs are compiled for.
     update: The compiled update.
     key: Of dropout.
     params: Nested dictionary of arrays.
@@ -59,6 +60,7 @@ class Run:
   batches: grain.DatasetIterator
   heldout: list[Example]
   graphdef: Any
+  options: Options
   update: optimizer.Update
   key: PRNGKeyArray
   params: optimizer.Params
@@ -126,6 +128,12 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     batches=batches,
     heldout=heldout,
     graphdef=graphdef,
+    options=make_options(
+      nnx.merge(graphdef, nnx.State(params)),
+      chunk_size=config.train.chunk_size,
+      live_chunks=config.train.live_chunks,
+      strategy=config.train.strategy,
+    ),
     update=optimizer.make_update(config.train),
     key=jax.device_put(jax.random.key(config.train.seed), device),
     params=params,

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from jaxchunk.kernels.attention import xla
@@ -25,6 +26,7 @@ def attention(
   mask: AttentionMask | None = None,
   scale: float | None = None,
   softcap: float | None = None,
+  sink_logits: Float[Array, " N"] | None = None,
   implementation: Implementation | None = None,
   return_lse: bool = False,
 ) -> Any:
@@ -35,8 +37,9 @@ def attention(
       softmax(softcap * tanh(scale * q k^T / softcap) + mask) v
 
   with the soft-cap left out when `softcap` is `None`. Differentiable in q, k
-  and v (and through the log-sum-exp); the backward pass recomputes scores, so
-  neither pass holds `[T,S]`, and blocks that the mask hides cost nothing.
+  and v (in `sink_logits`, and through the log-sum-exp); the backward pass
+  recomputes scores, so neither pass holds `[T,S]`, and blocks that the mask
+  hides cost nothing.
 
   Args:
     q: Queries `[B,T,N,H]`, fp32, bf16, fp16 or fp64.
@@ -45,6 +48,8 @@ def attention(
     mask: Which keys each query sees (`AttentionMask`); all of them if `None`.
     scale: Factor on the scores; `H ** -0.5` if `None`.
     softcap: Bound on the scores' absolute value.
+    sink_logits: One more logit for each query head, whose value is 0: it takes
+      a share of the softmax and gives nothing (gpt-oss).
     implementation: "xla" (blockwise) or "reference" (holds every score).
       `None` picks the fastest for the platform and logs what ran, once; a
       named implementation never falls back.
@@ -72,8 +77,46 @@ def attention(
     softcap=softcap,
     implementation=implementation,
   )
-  o = ungrouped(o)
-  return (o, ungrouped(lse[..., None])[..., 0]) if return_lse else o
+  o, lse = ungrouped(o), ungrouped(lse[..., None])[..., 0]
+  if sink_logits is not None:
+    if sink_logits.shape != q.shape[2:3]:
+      raise ValueError(
+        f"sink_logits has shape {sink_logits.shape}, not one for each of q's "
+        f"N={q.shape[2]} heads"
+      )
+    sink = jnp.broadcast_to(sink_logits.astype(lse.dtype), lse.shape)
+    o, lse = merge(o, lse, jnp.zeros_like(o), sink)
+  return (o, lse) if return_lse else o
+
+
+def merge(
+  o1: Float[Array, "*B H"],
+  lse1: Float[Array, "*B"],
+  o2: Float[Array, "*B H"],
+  lse2: Float[Array, "*B"],
+) -> tuple[Float[Array, "*B H"], Float[Array, "*B"]]:
+  """Attention over two disjoint sets of keys, from that over each.
+
+  Args:
+    o1: Output over the first set.
+    lse1: Its log-sum-exp; -inf where it saw no key.
+    o2: Output over the second set, in o1's dtype.
+    lse2: Its log-sum-exp.
+
+  Returns:
+    The output over both in o1's dtype, and its log-sum-exp. Differentiable
+    in all four.
+  """
+  top = jnp.maximum(lse1, lse2)
+  # Neither saw a key: any finite number, so that nothing becomes NaN.
+  top = lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
+  w1, w2 = jnp.exp(lse1 - top), jnp.exp(lse2 - top)
+  total = w1 + w2
+  some = total > 0
+  safe = jnp.where(some, total, 1)
+  parts = (w1 / safe)[..., None] * o1 + (w2 / safe)[..., None] * o2
+  lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
+  return parts.astype(o1.dtype), lse
 
 
 def grouped_attention(
@@ -230,6 +273,34 @@ def _check(q: Array, k: Array, v: Array, mask: AttentionMask) -> None:
         f"{name} segment ids have shape {ids.shape}, not [batch, length] = "
         f"{(B, length)}"
       )
+  if mask.block_table is not None:
+    _check_table(mask, mask.block_table, B, K, T, k.shape[1])
+
+
+def _check_table(
+  mask: AttentionMask, table: Array, B: int, K: int, T: int, S: int
+) -> None:
+  for what, length, size in (
+    ("T queries by q_block", T, mask.q_block),
+    ("S keys by kv_block", S, mask.kv_block),
+  ):
+    if length % size:
+      raise ValueError(
+        f"the block table divides {what}: {length} is not a multiple of {size}"
+      )
+  wanted = (B, K, T // mask.q_block)
+  if table.shape[:3] != wanted:
+    raise ValueError(
+      f"the block table has shape {table.shape}, not [batch, key heads, query "
+      f"blocks, entries] = {(*wanted, 'M')}"
+    )
+  if isinstance(table, jax.core.Tracer):
+    return
+  if (worst := int(table.max(initial=-1))) >= S // mask.kv_block:
+    raise ValueError(
+      f"the block table names block {worst}, outside the {S // mask.kv_block} "
+      f"blocks of {mask.kv_block} that S={S} keys have"
+    )
 
 
 @functools.cache

@@ -27,7 +27,7 @@ def attention_reference(
   s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k.astype(wide)) * scale
   if softcap is not None:
     s_BKGTS = softcap * jnp.tanh(s_BKGTS / softcap)
-  seen = mask.dense(B, T, S)[:, None, None]
+  seen = mask.dense(T, S)[:, :, None]
   s_BKGTS = jnp.where(seen, s_BKGTS, -jnp.inf)
   m = jnp.max(s_BKGTS, axis=-1, keepdims=True, initial=-jnp.inf)
   m = jnp.where(jnp.isfinite(m), m, 0)

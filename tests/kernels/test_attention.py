@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxchunk.kernels.attention import api, xla
-from jaxchunk.kernels.attention.api import attention, grouped, ungrouped
+from jaxchunk.kernels.attention.api import (
+  attention,
+  grouped,
+  merge,
+  ungrouped,
+)
+from jaxchunk.kernels.attention.blocks import Grid, live_blocks
 from jaxchunk.kernels.attention.mask import AttentionMask
 
 IMPLEMENTATIONS = ("xla", "reference")
@@ -46,33 +52,58 @@ class Seen(NamedTuple):
   window: int | None = None
   ids: tuple[np.ndarray, np.ndarray] | None = None
   length: int | None = None
+  sinks: int = 0
+  table: tuple[np.ndarray, int, int] | None = None
 
   def mask(self) -> AttentionMask:
     mask = AttentionMask()
     if self.causal:
       mask &= AttentionMask.causal(self.offset)
     if self.window is not None:
-      mask &= AttentionMask.window(self.window)
+      mask &= AttentionMask.window(self.window, sinks=self.sinks)
     if self.ids is not None:
       mask &= AttentionMask.segments(*(jnp.asarray(i) for i in self.ids))
     if self.length is not None:
       mask &= AttentionMask.valid_keys(self.length)
+    if self.table is not None:
+      table, q_block, kv_block = self.table
+      mask &= AttentionMask.blocks(
+        jnp.asarray(table), q_block=q_block, kv_block=kv_block
+      )
     return mask
 
+  def is_sink(self, b, s) -> bool:
+    ids = np.zeros(s + 1) if self.ids is None else self.ids[1][b, : s + 1]
+    start = max(np.flatnonzero(ids != ids[s]), default=-1) + 1
+    return s - start < self.sinks
+
   def pairs(self, B, T, S) -> np.ndarray:
+    """`[B,T,S]`, or `[B,K,T,S]` with a table."""
     seen = np.zeros((B, T, S), bool)
     for b, t, s in np.ndindex(seen.shape):
       p = t + (self.offset or 0)
       seen[b, t, s] = not (
         (self.causal and s > p)
-        or (self.window is not None and abs(p - s) >= self.window)
+        or (
+          self.window is not None
+          and abs(p - s) >= self.window
+          and not self.is_sink(b, s)
+        )
         or (self.length is not None and s >= self.length)
         or (
           self.ids is not None
           and (self.ids[0][b, t] <= 0 or self.ids[0][b, t] != self.ids[1][b, s])
         )
       )
-    return seen
+    if self.table is None:
+      return seen
+    table, q_block, kv_block = self.table
+    chosen = np.zeros((*table.shape[:2], T, S), bool)
+    for b, k, i, m in np.ndindex(table.shape):
+      if (j := table[b, k, i, m]) >= 0:
+        rows = slice(i * q_block, (i + 1) * q_block)
+        chosen[b, k, rows, j * kv_block : (j + 1) * kv_block] = True
+    return seen[:, None] & chosen
 
 
 def draw(shape, seed=0, dtype="float64"):
@@ -95,7 +126,8 @@ def truth(inputs, seen, *, scale=None, softcap=None):
   if softcap is not None:
     slope = 1 - np.tanh(s / softcap) ** 2
     s = softcap * np.tanh(s / softcap)
-  s = np.where(seen[:, None], s, -np.inf)
+  seen = seen[:, None] if seen.ndim == 3 else np.repeat(seen, G, axis=1)
+  s = np.where(seen, s, -np.inf)
   top = s.max(-1, keepdims=True)
   e = np.exp(s - np.where(np.isfinite(top), top, 0))
   z = e.sum(-1, keepdims=True)
@@ -185,6 +217,14 @@ def sorted_ids(rng, B, T, top=4):
   return np.where(np.arange(T)[None] < ends, ids, 0)
 
 
+def random_table(B, K, rows, J, M, seed=5):
+  """Distinct blocks in any order, some of them -1."""
+  rng = np.random.default_rng(seed)
+  table = rng.permuted(np.broadcast_to(np.arange(J), (B, K, rows, J)), axis=-1)
+  table = table[..., :M].astype(np.int32)
+  return np.where(rng.random(table.shape) < 0.3, -1, table)
+
+
 def _ids(B, T, S, *, ordered=True):
   rng = np.random.default_rng(7)
   if not ordered:
@@ -231,6 +271,52 @@ CASES = {
     None,
     3.0,
   ),
+  "window with sinks": (
+    (1, 37, 37, 2, 1, 4),
+    Seen(causal=True, window=9, sinks=3),
+    None,
+    None,
+  ),
+  "window and sinks of each segment": (
+    (2, 21, 37, 4, 2, 4),
+    Seen(causal=True, offset=16, window=5, sinks=2, ids=_ids(2, 21, 37)),
+    None,
+    None,
+  ),
+  "sinks both ways": (
+    (1, 30, 41, 2, 1, 4),
+    Seen(window=6, sinks=2),
+    None,
+    None,
+  ),
+  "block table": (
+    (2, 24, 40, 4, 2, 4),
+    Seen(table=(random_table(2, 2, 6, 5, 3), 4, 8)),
+    None,
+    None,
+  ),
+  "block table of many heads": (
+    (1, 16, 2048, 22, 11, 4),
+    Seen(
+      causal=True, offset=2032, table=(random_table(1, 11, 2, 32, 20), 8, 64)
+    ),
+    None,
+    3.0,
+  ),
+  "block table and all conditions": (
+    (2, 20, 40, 4, 2, 4),
+    Seen(
+      causal=True,
+      offset=20,
+      window=12,
+      sinks=3,
+      ids=_ids(2, 20, 40),
+      length=36,
+      table=(random_table(2, 2, 5, 5, 4), 4, 8),
+    ),
+    None,
+    3.0,
+  ),
   "nothing": ((1, 5, 7, 2, 1, 4), Seen(length=0), None, 3.0),
 }
 
@@ -260,6 +346,7 @@ def masks(draw, T, S, *, always_sorted=False):
     causal=draw(st.booleans()),
     offset=offset,
     window=draw(st.sampled_from([None, 7])),
+    sinks=draw(st.sampled_from([0, 2])),
     ids=ids,
     length=draw(st.integers(0, S)),
   )
@@ -287,7 +374,7 @@ def test_any_mask_is_honoured(name, seen):
 @given(seen=masks(45, 60))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_no_live_block_is_missed(seen):
-  live, blocks = _live(xla._Grid(45, 60, 8, 7), seen)
+  live, blocks = _live(Grid(45, 60, 8, 7), seen)
   assert not (blocks & ~live).any()
 
 
@@ -298,11 +385,11 @@ def test_no_dead_block_is_computed(seen, has_ids):
     seen = seen._replace(causal=True, length=None)
   else:
     seen = seen._replace(ids=None)
-  live, blocks = _live(xla._Grid(45, 60, 8, 7), seen)
+  live, blocks = _live(Grid(45, 60, 8, 7), seen)
   np.testing.assert_array_equal(live, blocks)
 
 
-_live_blocks = jax.jit(xla.live_blocks, static_argnums=1)
+_live_blocks = jax.jit(live_blocks, static_argnums=1)
 
 
 def _live(grid, seen):
@@ -310,7 +397,7 @@ def _live(grid, seen):
   pairs = seen.pairs(2, grid.T, grid.S).any(0)
   pad = ((0, -grid.T % grid.bq), (0, -grid.S % grid.bk))
   tiles = np.pad(pairs, pad).reshape(grid.num_q(), grid.bq, -1, grid.bk)
-  return np.asarray(_live_blocks(traced(seen), grid)), tiles.any((1, 3))
+  return np.asarray(_live_blocks(traced(seen), grid).any(0)), tiles.any((1, 3))
 
 
 @functools.cache
@@ -503,6 +590,81 @@ def test_temporaries_do_not_grow_with_the_scores():
     assert large - small <= growth
 
 
+@every_implementation
+def test_sink_logits_take_their_share(name):
+  with jax.enable_x64(True):
+    inputs = draw((2, 9, 9, 4, 2, 4))
+    sinks = jnp.asarray([-1.0, 0.0, 2.0, 30.0])
+    mask = AttentionMask.causal() & AttentionMask.valid_keys(5)
+
+    def op(q, k, v, sinks):
+      return attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        sink_logits=sinks,
+        implementation=name,
+        return_lse=True,
+      )
+
+    def plain(q, k, v, sinks):
+      k, v = (jnp.repeat(a, 2, axis=2) for a in (k, v))
+      s = jnp.einsum("BTNH,BSNH->BNTS", q, k) / 2
+      s = jnp.where(mask.dense(9, 9), s, -jnp.inf)
+      last = jnp.broadcast_to(sinks[None, :, None, None], (*s.shape[:3], 1))
+      s = jnp.concatenate([s, last], axis=-1)
+      p = jax.nn.softmax(s, axis=-1)[..., :-1]
+      lse = jax.nn.logsumexp(s, axis=-1).transpose(0, 2, 1)
+      return jnp.einsum("BNTS,BSNH->BTNH", p, v), lse
+
+    got, vjp = jax.vjp(op, *inputs[:3], sinks)
+    want, plain_vjp = jax.vjp(plain, *inputs[:3], sinks)
+    jax.tree.map(
+      lambda g, w: np.testing.assert_allclose(g, w, atol=1e-12),
+      (got, vjp((inputs.do, inputs.dlse))),
+      (want, plain_vjp((inputs.do, inputs.dlse))),
+    )
+
+
+@pytest.mark.fast
+@every_implementation
+def test_merging_parts_is_attention_to_the_whole(name):
+  with jax.enable_x64(True):
+    q, k, v, do, dlse = draw((2, 9, 20, 4, 2, 4))
+    ids = np.ones((2, 20), np.int32)
+    ids[0, :8] = 2
+    ids[1] = 0
+
+    def part(keys, q, k, v):
+      mask = AttentionMask.segments(
+        jnp.ones((2, 9), jnp.int32), jnp.asarray(ids)[:, keys]
+      )
+      return attention(
+        q,
+        k[:, keys],
+        v[:, keys],
+        mask=mask,
+        implementation=name,
+        return_lse=True,
+      )
+
+    def merged(*qkv):
+      # The first part of row 0 sees nothing, row 1 nothing in both.
+      first, second = (part(s, *qkv) for s in (slice(8), slice(8, 20)))
+      return merge(*first, *second)
+
+    got, vjp = jax.vjp(merged, q, k, v)
+    want, plain_vjp = jax.vjp(lambda *x: part(slice(20), *x), q, k, v)
+    jax.tree.map(
+      lambda g, w: np.testing.assert_allclose(g, w, atol=1e-12),
+      (got, vjp((do, dlse))),
+      (want, plain_vjp((do, dlse))),
+    )
+    assert (got[0][1] == 0).all()
+    assert (got[1][1] == -np.inf).all()
+
+
 def _arrays(**shapes):
   """q, k and v of the right shape, unless said otherwise."""
   sound = {"q": (2, 3, 4, 8), "k": (2, 5, 2, 8), "v": (2, 5, 2, 8)}
@@ -609,3 +771,35 @@ def test_the_layouts_are_inverse_and_group_neighbouring_heads():
   q = jnp.arange(2 * 3 * 6 * 4).reshape(2, 3, 6, 4)
   np.testing.assert_array_equal(ungrouped(grouped(q, 2)), q)
   np.testing.assert_array_equal(grouped(q, 2)[1, 1, 2, 0], q[1, 0, 5])
+
+
+@pytest.mark.fast
+def test_block_tables_that_do_not_fit_are_named():
+  q, k, v = _arrays(q=(2, 8, 4, 8), k=(2, 12, 2, 8), v=(2, 12, 2, 8))
+
+  def run(table, q_block=4, kv_block=4):
+    mask = AttentionMask.blocks(
+      jnp.asarray(table), q_block=q_block, kv_block=kv_block
+    )
+    return attention(q, k, v, mask=mask)
+
+  with pytest.raises(ValueError, match=r"integers \[batch, .* float32"):
+    run(np.zeros((2, 2, 2, 1), np.float32))
+  with pytest.raises(ValueError, match=r"integers \[batch, .* \(2, 2, 1\)"):
+    run(np.zeros((2, 2, 1), np.int32))
+  with pytest.raises(ValueError, match=r"8 is not a multiple of 3"):
+    run(np.zeros((2, 2, 2, 1), np.int32), q_block=3)
+  with pytest.raises(ValueError, match=r"12 is not a multiple of 5"):
+    run(np.zeros((2, 2, 2, 1), np.int32), kv_block=5)
+  with pytest.raises(ValueError, match=r"kv_block must be at least 1, got 0"):
+    run(np.zeros((2, 2, 2, 1), np.int32), kv_block=0)
+  with pytest.raises(ValueError, match=r"\(2, 1, 2, 1\), not .* \(2, 2, 2,"):
+    run(np.zeros((2, 1, 2, 1), np.int32))
+  with pytest.raises(ValueError, match=r"names block 3, outside the 3 blocks"):
+    run(np.full((2, 2, 2, 1), 3, np.int32))
+  with pytest.raises(ValueError, match=r"sinks must be 0 or more, got -1"):
+    AttentionMask.window(4, sinks=-1)
+  with pytest.raises(ValueError, match=r"one of them with sinks"):
+    _ = AttentionMask.window(4, sinks=1) & AttentionMask.window(3)
+  with pytest.raises(ValueError, match=r"sink_logits has shape \(2,\)"):
+    attention(q, k, v, sink_logits=jnp.zeros(2))

@@ -141,12 +141,12 @@ def test_a_crash_and_a_resume_equal_a_whole_run(
 def test_dropout_is_keyed_by_the_step(config, tmp_path, monkeypatch):
   keys = []
 
-  def no_gradients(model, examples, *, chunk_size, rng, **_):
+  def no_gradients(model, examples, options, *, rng):
     keys.append(tuple(np.asarray(jax.random.key_data(rng)).tolist()))
     grads = jax.jit(lambda p: jax.tree.map(jnp.zeros_like, p))(
       nnx.state(model, nnx.Param)
     )
-    plan = chunk_plan([len(e) for e in examples], chunk_size)
+    plan = chunk_plan([len(e) for e in examples], options.chunk_size)
     return Sums(jax.device_put(np.float32(1)), 1.0, grads, plan)
 
   monkeypatch.setattr(executor, "accumulate", no_gradients)

@@ -23,6 +23,7 @@ from flax import nnx
 import jaxchunk as jc
 from jaxchunk.chunking.memory import (
   STRATEGIES,
+  break_even_length,
   remat_bytes_per_token,
   state_bytes_per_token,
 )
@@ -94,11 +95,6 @@ def break_even(cfg: jc.ModelConfig) -> dict[str, Any]:
   theirs = [remat(cfg, n) for n in lengths]
   ours_slope = state_bytes_per_token(cfg, strategy)
   theirs_slope = remat_bytes_per_token(cfg)
-  # A chunk's own activations cost what a row of one chunk costs.
-  constant = theirs_slope * _CHUNK
-  predicted = None
-  if theirs_slope > ours_slope:
-    predicted = constant / (theirs_slope - ours_slope)
   return {
     "bytes_per_token": {
       "chunk_outer": ours_slope,
@@ -107,7 +103,7 @@ def break_even(cfg: jc.ModelConfig) -> dict[str, Any]:
       "remat_compiled": (theirs[-1] - theirs[-2]) / (lengths[-1] - lengths[-2]),
     },
     "break_even_tokens": {
-      "predicted": predicted,
+      "predicted": break_even_length(cfg, _CHUNK),
       "compiled": crossing(lengths, ours, theirs),
     },
   }

@@ -56,17 +56,47 @@ def activation_bytes_per_token(cfg: ModelConfig) -> int:
   return item * cfg.num_layers * (2 * cfg.d_model + 2 * heads + 2 * cfg.d_ff)
 
 
-def remat_bytes_per_token(cfg: ModelConfig) -> int:
-  """Bytes per token of a whole row that keeps only the layers' inputs.
+def working_bytes_per_token(cfg: ModelConfig) -> int:
+  """Bytes per token of the one layer whose backward pass is running.
 
-  Besides those inputs, the layer at work in the backward pass holds its norms'
-  outputs, queries, keys, values and attention's output with their cotangents,
-  and the MLP's gate, up and hidden with theirs.
+  Queries, keys and values, the MLP's gate, up and hidden, each with their
+  cotangents, and what passes between the layer's norms, products and
+  residuals. The factors are what XLA was seen to hold; the compiled figure
+  differs by what it finds to share.
   """
   item = jnp.dtype(cfg.dtype).itemsize
   heads, keys = cfg.num_heads * cfg.head_width, cfg.kv_heads * cfg.head_width
-  layer = 4 * heads + 4 * keys + 5 * cfg.d_ff + 3 * cfg.d_model
-  return item * (cfg.num_layers * cfg.d_model + layer)
+  return item * (4 * heads + 4 * keys + 6 * cfg.d_ff + 11 * cfg.d_model)
+
+
+def remat_bytes_per_token(cfg: ModelConfig) -> int:
+  """Bytes per token of a whole row that keeps only the layers' inputs."""
+  item = jnp.dtype(cfg.dtype).itemsize
+  return item * cfg.num_layers * cfg.d_model + working_bytes_per_token(cfg)
+
+
+def chunk_bytes(cfg: ModelConfig, chunk_size: int, live_chunks: int = 1) -> int:
+  """Bytes that chunk-outer needs whatever the length of a lane.
+
+  What the live chunks keep (without any, one chunk at a time keeps it all the
+  same) and the layer at work on one chunk.
+  """
+  kept = max(live_chunks, 1) * activation_bytes_per_token(cfg)
+  return chunk_size * (kept + working_bytes_per_token(cfg))
+
+
+def break_even_length(
+  cfg: ModelConfig, chunk_size: int, live_chunks: int = 1
+) -> float | None:
+  """Length in tokens from which chunk-outer needs less than per-layer remat.
+
+  `None` if the sequence state of a token takes more than its remat.
+  """
+  state = state_bytes_per_token(cfg, "chunk_outer")
+  saved = remat_bytes_per_token(cfg) - state
+  if saved <= 0:
+    return None
+  return chunk_bytes(cfg, chunk_size, live_chunks) / saved
 
 
 def memory_by_length(
@@ -83,8 +113,8 @@ def memory_by_length(
   Returns:
     For each way a list of bytes, one per length.
   """
-  tokens = min(max(live_chunks, 1) * chunk_size, max(lengths))
-  constant = tokens * activation_bytes_per_token(cfg)
+  live = min(live_chunks, -(-max(lengths) // chunk_size))
+  constant = chunk_bytes(cfg, chunk_size, live)
   ways: dict[str, list[float]] = {}
   for strategy in STRATEGIES:
     slope = state_bytes_per_token(cfg, strategy)

@@ -1,0 +1,1 @@
+"""The warpgroups of `pallas_gpu`."""

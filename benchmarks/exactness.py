@@ -8,6 +8,7 @@ neighbours, GQA, windows, soft-caps and tied embeddings.
 """
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -88,8 +89,12 @@ def worst_error(dtype: str, seed: int) -> dict[str, float]:
       for a, b in zip(jax.tree.leaves(grads), want, strict=True):
         error = np.linalg.norm(np.asarray(a) - np.asarray(b))
         parts.append(float(error / np.linalg.norm(b)))
+      case = f"{name}: {strategy} C={size} K={live}"
       # np.max and not max, which may overlook a NaN.
-      errors[f"{name}: {strategy} C={size} K={live}"] = float(np.max(parts))
+      errors[case] = float(np.max(parts))
+      print(f"{dtype} {case}: {errors[case]:.2g}", file=sys.stderr, flush=True)
+      # So many programs at once exceed the system's limit on mappings.
+      jax.clear_caches()
   return errors
 
 

@@ -3,7 +3,7 @@
   python benchmarks/speed.py [--case=8k|corpus]
 
 The same Llama (d=256, 4 layers, GQA 4/2, SwiGLU 768, fp32), the same sequences
-of the standard library's bytes (two cut to 8,192; or some 40k tokens with the
+of the standard library's bytes (two cut to 8,192; or some tokens with the
 lengths that the corpus has at a 4k vocabulary), loss and gradients of all:
 jaxchunk by chunks with one live chunk, so that like the peers it runs forward
 twice; with all chunks live, which needs more memory; whole rows with per-layer
@@ -30,6 +30,7 @@ _CASE = flags.DEFINE_enum("case", "8k", ["8k", "corpus"], "Which documents.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns.")
 _RUN = flags.DEFINE_string("run", None, "For the benchmark's own processes.")
 _CHUNK = flags.DEFINE_integer("chunk_size", 1024, "C.")
+_TOKENS = flags.DEFINE_integer("tokens", 40_000, "Of the corpus, about.")
 
 _ONE, _ALL = "jaxchunk, one live chunk", "jaxchunk, all chunks live"
 _WHOLE = "jaxchunk, whole rows, remat"
@@ -45,7 +46,7 @@ _SHAPE = {
 
 
 def documents(case: str) -> list[np.ndarray]:
-  """Whole documents as bytes: two of 8k, or some 40k tokens of the corpus."""
+  """Whole documents as bytes: two of 8k, or some of the corpus."""
   root = pathlib.Path(sysconfig.get_path("stdlib"))
   files = sorted(p for p in root.glob("*.py") if p.stat().st_size > 0)
   texts = [np.frombuffer(p.read_bytes(), np.uint8) for p in files]
@@ -60,7 +61,7 @@ def documents(case: str) -> list[np.ndarray]:
     length = min(int(len(texts[n]) / 3.33), 24_576)
     if length > 1:
       picked.append(texts[n][:length].astype(np.int32))
-    if sum(map(len, picked)) > 40_000:
+    if sum(map(len, picked)) > _TOKENS.value:
       break
   return picked
 
@@ -186,6 +187,7 @@ def measure(run: str) -> dict[str, float]:
       f"--run={run}",
       f"--case={_CASE.value}",
       f"--chunk_size={_CHUNK.value}",
+      f"--tokens={_TOKENS.value}",
     ],
     env=os.environ | {"OMP_WAIT_POLICY": policy},
     capture_output=True,

@@ -365,7 +365,8 @@ def tpu_backward(
     dv: Accumulator for the gradient of v.
     dlse: Cotangent of lse, or `None` for zero.
     dkv_start: The key at row 0 of dk and dv, a multiple of the block of keys;
-      may be traced, may be negative.
+      may be traced, may be negative. If it is traced and no multiple, the
+      gradients are NaN.
     layer: Which layer; may be traced.
     scale: Factor on the scores.
     softcap: Cap on the scores.
@@ -401,6 +402,8 @@ def tpu_backward(
     delta = delta - dlse
   # exp2(s - lse) of a query that sees nothing: exp2(-inf - 1e30) = 0.
   lse = jnp.where(jnp.isfinite(lse), lse * LOG2_E, -LOWEST)
+  # Rows of another block would be added to; NaN is seen, wrong rows are not.
+  lse = jnp.where(jnp.asarray(dkv_start) % grid.bk == 0, lse, jnp.nan)
 
   def pair(call: _Call) -> list[tuple[Array, pl.BlockSpec]]:
     rows = (a.reshape(B * K, G, T) for a in (lse, delta))

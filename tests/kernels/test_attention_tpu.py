@@ -244,6 +244,8 @@ def test_the_backward_pass_adds_into_a_part_of_the_callers_buffers(H, dtype):
     np.testing.assert_array_equal(got[::2], old[::2])
     # Keys that no query sees keep their bits: blocks of 16 from key 48 on.
     np.testing.assert_array_equal(got[layer, :, :, 32:], old[layer, :, :, 32:])
+  # A start that no block has is not rounded to one in silence.
+  assert all(np.isnan(a).any() for a in passes(layer, start + 8, 32, *buffers))
 
 
 def test_a_query_that_sees_nothing_gives_zero_and_no_nan():

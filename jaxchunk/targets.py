@@ -8,6 +8,7 @@ memory a step takes, and how its program looks. Nothing can be run.
 import functools
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -131,19 +132,25 @@ def lower_on(
   Returns:
     The lowered program; `.compile()` it.
   """
+  with tracing_for(device):
+    return jax.jit(function, **options).lower(*place_on(device, shapes))
+
+
+def place_on(device: jax.Device, shapes: Any) -> Any:
+  """The shapes of a pytree, a model perhaps, as if they were on a device."""
   sharding = SingleDeviceSharding(device)
-  arguments = jax.tree.map(
+  return jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes
   )
-  with jax.sharding.use_abstract_mesh(_mesh(device)):
-    return jax.jit(function, **options).lower(*arguments)
 
 
-def _mesh(device: jax.Device) -> AbstractMesh:
-  """A mesh without axes, by which kernels know what they are compiled for."""
+def tracing_for(device: jax.Device) -> AbstractContextManager[Any]:
+  """Within it kernels are traced for the device, as `lower_on` does."""
+  # A mesh without axes, by which kernels know what they are compiled for.
   kind, cores = device.device_kind, 1
   if device.platform == "gpu":
     # The description has no cores; there is one kind so far.
     kind, cores, _ = _GPUS["h200"]
   abstract = AbstractDevice(kind, cores, device.platform)
-  return AbstractMesh((), (), abstract_device=abstract)
+  mesh = AbstractMesh((), (), abstract_device=abstract)
+  return jax.sharding.use_abstract_mesh(mesh)

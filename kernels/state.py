@@ -19,12 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxchunk.kernels.attention.backends import passes
 from jaxchunk.kernels.attention.mask import AttentionMask
-from jaxchunk.kernels.attention.xla import (
-  BlockSizes,
-  flash_backward,
-  flash_forward,
-)
+from jaxchunk.kernels.attention.xla import BlockSizes
 
 # Arrays of a state, or of its cotangent.
 Arrays = Any
@@ -140,7 +137,8 @@ class KVPrefix:
     dtype: Of keys and values.
     grad_dtype: Of their gradients; bf16 here loses accuracy with every chunk
       that is added.
-    blocks: Block sizes of attention; `None` for the defaults.
+    implementation: Of attention, a name in `kernels/attention/backends.py`.
+    blocks: Block sizes of "xla"; `None` for the defaults.
   """
 
   num_kv_heads: int
@@ -150,6 +148,7 @@ class KVPrefix:
   softcap: float | None = None
   dtype: str = "float32"
   grad_dtype: str = "float32"
+  implementation: str = "xla"
   blocks: BlockSizes | None = None
 
   def init(self, layers: int, batch: int, capacity: int) -> Arrays:
@@ -177,16 +176,16 @@ class KVPrefix:
   ) -> tuple[Array, Arrays]:
     """See `SequenceState`; the residual is the log-sum-exp."""
     k, v = state
-    return flash_forward(
-      q,
-      k,
-      v,
-      self.mask(place),
-      layer=layer,
-      scale=self.scale,
-      softcap=self.softcap,
-      blocks=self.blocks,
-    )
+    forward = passes(self.implementation).forward
+    return forward(q, k, v, self.mask(place), layer=layer, **self.options)
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """What both passes of attention take."""
+    options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap}
+    if self.blocks is not None:
+      options["blocks"] = self.blocks
+    return options
 
   def attend_bwd(
     self,
@@ -204,7 +203,7 @@ class KVPrefix:
     """See `SequenceState`."""
     first = self.first_cotangent(state, cotangent, place)
     (k_cache, v_cache), (dk_cache, dv_cache) = state, cotangent
-    dq, dk_cache, dv_cache = flash_backward(
+    dq, dk_cache, dv_cache = passes(self.implementation).backward(
       q,
       k_cache,
       v_cache,
@@ -216,9 +215,7 @@ class KVPrefix:
       dv_cache,
       dkv_start=first,
       layer=layer,
-      scale=self.scale,
-      softcap=self.softcap,
-      blocks=self.blocks,
+      **self.options,
     )
     # Every later chunk has been differentiated: this chunk's part is whole.
     at = _at(layer, place.start - first)
@@ -265,7 +262,8 @@ class KVWindow(KVPrefix):
 
   Keys and values are kept for the whole lane, because chunks are run forward
   again from them, but their gradients only for a window and a chunk: the
-  rows move back by a chunk after each chunk's backward.
+  rows move back by a chunk after each chunk's backward. (With "xla"; the
+  Pallas kernels want rows aligned to their blocks, and get the whole lane.)
 
   Attributes:
     window: Number of keys that a token sees, itself included.
@@ -279,6 +277,8 @@ class KVWindow(KVPrefix):
 
   def zero_cotangent(self, state: Arrays) -> Arrays:
     """See `SequenceState`."""
+    if self.implementation != "xla":
+      return super().zero_cotangent(state)
     layers, batch, heads, capacity, width = state[0].shape
     # A block of keys may start two blocks before the window (one for the
     # window's first key, one for the last, overlapping block) and end one

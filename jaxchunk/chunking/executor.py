@@ -31,6 +31,7 @@ from jaxchunk.chunking.ops import (
 )
 from jaxchunk.chunking.plan import ChunkPlan, chunk_plan
 from jaxchunk.chunking.trainable import Trainable
+from jaxchunk.kernels.attention.backends import BACKENDS, Backend
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.types import Example, check_vocabulary
@@ -64,6 +65,7 @@ class Options(NamedTuple):
     trainable: Which parameters get gradients.
     keep: What a live chunk keeps of each layer.
     grad_dtype: Of the gradients of keys and values; `None` is at least fp32.
+    implementation: Of attention.
   """
 
   chunk_size: int
@@ -72,11 +74,14 @@ class Options(NamedTuple):
   trainable: Trainable
   keep: Keep = "all"
   grad_dtype: str | None = None
+  implementation: Backend = "xla"
 
   def stage(self, cfg: ModelConfig) -> Stage:
     """The stage of all layers."""
     states = tuple(
-      state_of(cfg, window, self.chunk_size, self.grad_dtype)
+      state_of(
+        cfg, window, self.chunk_size, self.grad_dtype, self.implementation
+      )
       for window in cfg.window_pattern
     )
     return Stage(self.chunk_size, states, self.trainable, self.keep)
@@ -106,6 +111,7 @@ def make_options(
   trainable: Any = None,
   keep: Keep = "all",
   grad_dtype: str | None = None,
+  implementation: Backend | None = None,
 ) -> Options:
   """Checks and completes what a program is compiled for.
 
@@ -128,6 +134,12 @@ def make_options(
     raise ValueError(
       f"grad_dtype={grad_dtype!r} is not one of {list(_GRAD_DTYPES)}, or None"
     )
+  if implementation is None:
+    implementation = "xla"
+  if implementation not in BACKENDS:
+    raise ValueError(
+      f"implementation={implementation!r} is not one of {list(BACKENDS)}"
+    )
   return Options(
     int(chunk_size),
     int(live_chunks),
@@ -135,6 +147,7 @@ def make_options(
     Trainable.of(model, trainable),
     keep,
     grad_dtype,
+    implementation,
   )
 
 

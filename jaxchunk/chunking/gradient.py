@@ -20,6 +20,7 @@ from jaxchunk.chunking.executor import (
 )
 from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.ops import Keep, Lane
+from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.types import Batch
 
@@ -42,6 +43,7 @@ def chunked_value_and_grad(
   rng: PRNGKeyArray | None = None,
   keep: Keep = "all",
   grad_dtype: str | None = None,
+  implementation: Backend | None = None,
 ) -> tuple[Float[Array, ""], nnx.State]:
   """Loss and gradients of a batch, exactly, in the memory of a chunk.
 
@@ -70,6 +72,8 @@ def chunked_value_and_grad(
       backward reads, or "inputs", which are fewer bytes and more work.
     grad_dtype: Of the gradients of keys and values between chunks; at least
       fp32 by default.
+    implementation: Of attention: "xla" (the default), "pallas_tpu" or
+      "pallas_gpu"; see `jaxchunk.attention`.
 
   Returns:
     `(loss, grads)`: the scalar `sum(weights * nll) / sum(weights)` (or
@@ -88,6 +92,7 @@ def chunked_value_and_grad(
     trainable=trainable,
     keep=keep,
     grad_dtype=grad_dtype,
+    implementation=implementation,
   )
   if loss is not None:
     if rng is not None and model.cfg.dropout:
@@ -134,6 +139,7 @@ def lower_chunked(
   trainable: Any = None,
   keep: Keep = "all",
   grad_dtype: str | None = None,
+  implementation: Backend | None = None,
 ) -> jax.stages.Lowered:
   """The program for one lane of up to `capacity` tokens, not yet compiled.
 
@@ -150,6 +156,7 @@ def lower_chunked(
     trainable: Which parameters get gradients.
     keep: What live chunks keep.
     grad_dtype: Of the gradients of keys and values.
+    implementation: Of attention.
 
   Returns:
     The lowered program; its accumulators are donated.
@@ -167,6 +174,7 @@ def lower_chunked(
     trainable=trainable,
     keep=keep,
     grad_dtype=grad_dtype,
+    implementation=implementation,
   )
   sharding = data_sharding(model)
 

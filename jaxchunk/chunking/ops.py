@@ -108,7 +108,11 @@ def chunk_of(
 
 
 def state_of(
-  cfg: ModelConfig, window: int | None, chunk_size: int, grad_dtype: str | None
+  cfg: ModelConfig,
+  window: int | None,
+  chunk_size: int,
+  grad_dtype: str | None = None,
+  implementation: str = "xla",
 ) -> SequenceState:
   """The sequence state of a layer with this attention window."""
   wide = jnp.promote_types(cfg.dtype, jnp.float32).name
@@ -120,6 +124,7 @@ def state_of(
     "softcap": cfg.attention_softcap,
     "dtype": cfg.dtype,
     "grad_dtype": grad_dtype or wide,
+    "implementation": implementation,
   }
   if window is None:
     return KVPrefix(**options)

@@ -214,7 +214,7 @@ def decode_step(
 def inference_stage(cfg: ModelConfig, chunk_size: int) -> Stage:
   """The stage of all layers, of which nothing is trained."""
   states = tuple(
-    state_of(cfg, window, chunk_size, None) for window in cfg.window_pattern
+    state_of(cfg, window, chunk_size) for window in cfg.window_pattern
   )
   return Stage(chunk_size, states, Trainable((), ()))
 

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxchunk.kernels.attention import xla
+from jaxchunk.kernels.attention.backends import BACKENDS, passes
 from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.kernels.attention.reference import attention_reference
 from jaxchunk.kernels.vma import match_primal
 
-Implementation = Literal["xla", "reference"]
-_IMPLEMENTATIONS = ("xla", "reference")
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "reference"]
 
 
 def attention(
@@ -50,9 +49,11 @@ def attention(
     softcap: Bound on the scores' absolute value.
     sink_logits: One more logit for each query head, whose value is 0: it takes
       a share of the softmax and gives nothing (gpt-oss).
-    implementation: "xla" (blockwise) or "reference" (holds every score).
-      `None` picks the fastest for the platform and logs what ran, once; a
-      named implementation never falls back.
+    implementation: "xla" (blockwise, everywhere), "pallas_tpu", "pallas_gpu"
+      (Hopper), or "reference" (holds every score). `None` is "xla" so far,
+      which is logged once: the kernels are compiled and interpreted in the
+      tests, but have not run on hardware. A named implementation never falls
+      back.
     return_lse: Also return the log-sum-exp of the scores.
 
   Returns:
@@ -62,6 +63,8 @@ def attention(
   Raises:
     ValueError: Shapes or dtypes do not fit together, or the implementation's
       name is unknown.
+    NotImplementedError: The named implementation cannot serve the arguments;
+      it says why.
   """
   mask = AttentionMask() if mask is None else mask
   _check(q, k, v, mask)
@@ -149,8 +152,8 @@ def grouped_attention(
   if implementation is None:
     implementation = "xla"
     _log_choice(implementation)
-  if implementation == "xla":
-    return _flash(scale, softcap, q, k, v, mask)
+  if implementation in BACKENDS:
+    return _flash(implementation, scale, softcap, q, k, v, mask)
   if implementation == "reference":
     o, lse = attention_reference(
       ungrouped(q),
@@ -163,7 +166,7 @@ def grouped_attention(
     return grouped(o, K), grouped(lse[..., None], K)[..., 0]
   raise ValueError(
     f"unknown attention implementation {implementation!r}; there are "
-    f"{list(_IMPLEMENTATIONS)}"
+    f"{[*BACKENDS, 'reference']}"
   )
 
 
@@ -182,8 +185,9 @@ def ungrouped(o: Float[Array, "B K G T H"]) -> Float[Array, "B T N H"]:
   return o.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _flash(
+  backend: str,
   scale: float,
   softcap: float | None,
   q: Array,
@@ -191,10 +195,12 @@ def _flash(
   v: Array,
   mask: AttentionMask,
 ) -> tuple[Array, Array]:
-  return xla.flash_forward(q, k, v, mask, scale=scale, softcap=softcap)
+  forward = passes(backend).forward
+  return forward(q, k, v, mask, scale=scale, softcap=softcap)
 
 
 def _flash_fwd(
+  backend: str,
   scale: float,
   softcap: float | None,
   q: Array,
@@ -202,18 +208,22 @@ def _flash_fwd(
   v: Array,
   mask: AttentionMask,
 ) -> tuple[tuple[Array, Array], Any]:
-  o, lse = _flash(scale, softcap, q, k, v, mask)
+  o, lse = _flash(backend, scale, softcap, q, k, v, mask)
   return (o, lse), (q, k, v, mask, o, lse)
 
 
 def _flash_bwd(
-  scale: float, softcap: float | None, saved: Any, cotangents: Any
+  backend: str,
+  scale: float,
+  softcap: float | None,
+  saved: Any,
+  cotangents: Any,
 ) -> Any:
   q, k, v, mask, o, lse = saved
   do, dlse = cotangents
   wide = jnp.promote_types(k.dtype, jnp.float32)
   zero = jnp.zeros(k.shape, wide)
-  dq, dk, dv = xla.flash_backward(
+  dq, dk, dv = passes(backend).backward(
     q,
     k,
     v,

@@ -242,6 +242,13 @@ def test_two_phase_loss(x64):
   assert worst(grads, want) <= 1e-11
 
 
+@pytest.mark.fast
+def test_attention_that_is_not_there_is_named():
+  message = r"implementation='flash' is not one of \['xla', 'pallas_tpu'"
+  with pytest.raises(ValueError, match=message):
+    make_options(build(PLAIN, "float32"), chunk_size=8, implementation="flash")
+
+
 def test_loss_sum(x64, truth):
   examples = Batch.of(make_batch()).examples()
   total = loss_sum(build(RICH), examples, chunk_size=16)

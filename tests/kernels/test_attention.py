@@ -727,9 +727,18 @@ def test_masks_that_do_not_fit_are_named():
 def test_options_that_do_not_fit_are_named():
   with pytest.raises(ValueError, match=r"softcap must be positive, got 0\.0"):
     attention(*_arrays(), softcap=0.0)
-  message = r"unknown .* 'cudnn'; there are \['xla', 'reference'\]"
+  message = (
+    r"unknown .* 'cudnn'; there are \['xla', 'pallas_tpu', .*'reference'"
+  )
   with pytest.raises(ValueError, match=message):
     attention(*_arrays(), implementation="cudnn")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name, kind", [("tpu", "TPU"), ("gpu", "GPU")])
+def test_a_named_kernel_never_falls_back(name, kind):
+  with pytest.raises(NotImplementedError, match=f"the {kind} kernel.*'?xla"):
+    attention(*_arrays(), implementation=f"pallas_{name}")
 
 
 @pytest.mark.fast

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxchunk.kernels.attention import tables
 from jaxchunk.kernels.attention.backends import passes
+from jaxchunk.kernels.attention.block_sizes import BlockSizes, look_up
 from jaxchunk.kernels.attention.mask import AttentionMask
-from jaxchunk.kernels.attention.xla import BlockSizes
 
 # Arrays of a state, or of its cotangent.
 Arrays = Any
@@ -283,10 +284,15 @@ class KVWindow(KVPrefix):
     # A block of keys may start two blocks before the window (one for the
     # window's first key, one for the last, overlapping block) and end one
     # block behind the chunk.
-    block = min((self.blocks or BlockSizes()).kv_bwd, capacity)
+    block = self.key_block(capacity)
     rows = min(self.chunk_size + self.window + 3 * block, capacity)
     shape = (layers, batch, heads, rows, width)
     return tuple(jnp.zeros(shape, self.grad_dtype) for _ in state)
+
+  def key_block(self, capacity: int) -> int:
+    """Keys that the backward pass of "xla" takes at a time."""
+    default = look_up(tables.XLA, self.head_dim, BlockSizes())
+    return min((self.blocks or default).kv_bwd, capacity)
 
   def first_cotangent(
     self, state: Arrays, cotangent: Arrays, place: ChunkPlace
@@ -295,7 +301,7 @@ class KVWindow(KVPrefix):
     capacity, rows = state[0].shape[3], cotangent[0].shape[3]
     if rows == capacity:
       return 0
-    block = min((self.blocks or BlockSizes()).kv_bwd, capacity)
+    block = self.key_block(capacity)
     return place.start + self.chunk_size + block - rows
 
   def pass_chunk(self, state: Arrays, cotangent: Arrays, layer: Any) -> Arrays:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from jaxchunk.kernels.attention.backends import BACKENDS, passes
 from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.kernels.attention.reference import attention_reference
+from jaxchunk.kernels.values import known_values
 from jaxchunk.kernels.vma import match_primal
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "reference"]
@@ -304,9 +305,10 @@ def _check_table(
       f"the block table has shape {table.shape}, not [batch, key heads, query "
       f"blocks, entries] = {(*wanted, 'M')}"
     )
-  if isinstance(table, jax.core.Tracer):
+  values = known_values(table)
+  if values is None:
     return
-  if (worst := int(table.max(initial=-1))) >= S // mask.kv_block:
+  if (worst := int(values.max(initial=-1))) >= S // mask.kv_block:
     raise ValueError(
       f"the block table names block {worst}, outside the {S // mask.kv_block} "
       f"blocks of {mask.kv_block} that S={S} keys have"

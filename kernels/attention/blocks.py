@@ -82,6 +82,38 @@ def live_blocks(mask: AttentionMask, grid: Grid) -> Bool[Array, "#B I J"]:
   return live
 
 
+def full_blocks(mask: AttentionMask, grid: Grid) -> Bool[Array, "#B I J"]:
+  """Which pairs of blocks have no hidden pair of tokens, and need no mask.
+
+  A last block that shares tokens with the one before is not among them, since
+  those are hidden in it. A block table is not looked at.
+  """
+  visible = Visible.of(mask, grid.T, grid.S)
+
+  def ends(a: Array, size: int) -> tuple[Array, Array]:
+    a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % size)), mode="edge")
+    a = a.reshape(len(a), -1, size)
+    return a.min(2), a.max(2)
+
+  i, j = jnp.arange(grid.num_q()), jnp.arange(grid.num_kv())
+  k_first, k_last = j * grid.bk, (j + 1) * grid.bk - 1
+  full = (i < grid.T // grid.bq)[:, None] & (k_last < grid.S)[None]
+  full = full[None]
+  if visible.near is not None:
+    near = ends(visible.near, grid.bq)[1]
+    full = full & (near[:, :, None] <= k_first[None, None])
+  for upper in (visible.far, visible.last):
+    if upper is not None:
+      last = ends(upper, grid.bq)[0]
+      full = full & (k_last[None, None] <= last[:, :, None])
+  if visible.q_ids is not None and visible.k_ids is not None:
+    q_min, q_max = (a[:, :, None] for a in ends(visible.q_ids, grid.bq))
+    k_min, k_max = (a[:, None] for a in ends(visible.k_ids, grid.bk))
+    # A padding query has id -1, which no key has.
+    full = full & (q_min == k_min) & (q_max == k_max) & (q_min == q_max)
+  return full
+
+
 def _pad_to_blocks(a: Shaped[Array, "B T"], block: int) -> Array:
   B, T = a.shape
   return jnp.pad(a, ((0, 0), (0, -T % block))).reshape(B, -1, block)

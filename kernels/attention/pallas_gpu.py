@@ -39,9 +39,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxchunk.kernels.attention.blocks import (
-  Grid,
-)
+from jaxchunk.kernels.attention.block_sizes import GpuBlocks
+from jaxchunk.kernels.attention.blocks import Grid
 from jaxchunk.kernels.attention.hopper.backward import (
   dkv_pass,
   dq_pass,
@@ -51,12 +50,11 @@ from jaxchunk.kernels.attention.hopper.forward import (
   forward_body,
 )
 from jaxchunk.kernels.attention.hopper.problem import (
-  BLOCKS,
   LOG2E,
   ROWS,
   WORKERS,
-  GpuBlocks,
   Problem,
+  choose_blocks,
   make_inputs,
   make_lists,
   query_block,
@@ -66,12 +64,8 @@ from jaxchunk.kernels.attention.hopper.warps import (
   like_all,
   output,
 )
-from jaxchunk.kernels.attention.mask import (
-  AttentionMask,
-)
-from jaxchunk.kernels.attention.softmax import (
-  LOWEST,
-)
+from jaxchunk.kernels.attention.mask import AttentionMask
+from jaxchunk.kernels.attention.softmax import LOWEST
 
 
 def gpu_forward(
@@ -110,7 +104,7 @@ def gpu_forward(
     NotImplementedError: `unsupported` has a reason.
   """
   P = Problem.of(q, k, mask, scale, softcap, interpret)
-  blocks = (blocks or BLOCKS[P.H]).fit(mask, P.S)
+  blocks = choose_blocks(P.H, mask, P.S, blocks)
   x = make_inputs(q, k, v, mask, layer)
   grid = Grid(P.T, P.S, query_block(P.G), blocks.kv)
   x = x._replace(lists=make_lists(mask, grid))
@@ -193,7 +187,7 @@ def gpu_backward(
       f"the GPU kernel adds into fp32, not dk {dk.dtype} and dv {dv.dtype}; "
       "implementation='xla' can"
     )
-  blocks = (blocks or BLOCKS[P.H]).fit(mask, P.S)
+  blocks = choose_blocks(P.H, mask, P.S, blocks)
   delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
   if dlse is not None:
     delta = delta - dlse

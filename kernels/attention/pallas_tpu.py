@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from jaxchunk.kernels.attention.block_sizes import TpuBlocks
 from jaxchunk.kernels.attention.blocks import Grid, Visible
 from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.kernels.attention.softmax import LOWEST
@@ -42,7 +43,6 @@ from jaxchunk.kernels.attention.tpu.bodies import (
 from jaxchunk.kernels.attention.tpu.work import (
   LANES,
   LOG2_E,
-  TpuBlocks,
   Work,
   choose_blocks,
   unsupported,

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxchunk.kernels.values import known_values
+
 
 def block_means(
   k: Float[Array, "B S K H"], kv_block: int
@@ -259,8 +261,9 @@ def table_of(
   """
   J = chosen.shape[-1]
   entries = J if entries is None else min(entries, J)
-  if not isinstance(chosen, jax.core.Tracer):
-    most = int(chosen.sum(-1).max(initial=0))
+  known = known_values(chosen)
+  if known is not None:
+    most = int(known.sum(-1).max(initial=0))
     if most > entries:
       raise ValueError(f"a row has {most} blocks, the table only {entries}")
   # Chosen blocks have distinct keys in descending order, the others 0.

@@ -12,21 +12,6 @@ from jaxtyping import Array, Bool, Float
 LOWEST = -1e30
 
 
-def _scores(
-  spec: str,
-  q: Float[Array, "*B G Q H"],
-  k: Float[Array, "*B R H"],
-  seen: Bool[Array, "*shape"],
-  scale: float,
-  softcap: float | None,
-) -> Float[Array, "*shape"]:
-  """Scaled, capped and masked scores in at least fp32; -inf where unseen."""
-  s = _wide_einsum(spec, q, k) * scale
-  if softcap is not None:
-    s = softcap * jnp.tanh(s / softcap)
-  return jnp.where(seen, s, -jnp.inf)
-
-
 # Of the queries of a block so far: the weighted sum of values `[*B,G,Q,H]`,
 # the largest score `[*B,G,Q]`, and the sum of exponentials relative to it.
 SoftmaxCarry = tuple[Array, Array, Array]
@@ -48,15 +33,22 @@ def softmax_step(
   q: Float[Array, "*B G Q H"],
   k: Float[Array, "*B R H"],
   v: Float[Array, "*B R H"],
-  seen: Bool[Array, "*B G Q R"],
+  seen: Bool[Array, "*B G Q R"] | None,
   scale: float,
   softcap: float | None,
 ) -> SoftmaxCarry:
-  """Takes a block of keys in."""
+  """Takes a block of keys in; `seen` of `None` is all of it."""
   acc, m, z = carry
-  s = _scores("...GQH,...RH->...GQR", q, k, seen, scale, softcap)
-  m_new = jnp.maximum(m, s.max(-1))
-  p = jnp.exp(s - m_new[..., None])
+  s = _wide_einsum("...GQH,...RH->...GQR", q, k)
+  if softcap is not None:
+    s, scale = softcap * jnp.tanh(s * (scale / softcap)), 1.0
+  elif scale <= 0:
+    s, scale = s * scale, 1.0
+  if seen is not None:
+    s = jnp.where(seen, s, -jnp.inf)
+  # Not scaled before its maximum is known: XLA would write it once more.
+  m_new = jnp.maximum(m, s.max(-1) * scale)
+  p = jnp.exp(s * scale - m_new[..., None])
   alpha = jnp.exp(m - m_new)
   pv = _wide_einsum("...GQR,...RH->...GQH", p.astype(v.dtype), v)
   return acc * alpha[..., None] + pv, m_new, z * alpha + p.sum(-1)
@@ -74,7 +66,7 @@ def pair_gradient(
   q: Float[Array, "*B G Q H"],
   k: Float[Array, "*B R H"],
   v: Float[Array, "*B R H"],
-  seen: Bool[Array, "*B R G Q"],
+  seen: Bool[Array, "*B R G Q"] | None,
   lse: Float[Array, "*B G Q"],
   delta: Float[Array, "*B G Q"],
   do: Float[Array, "*B G Q H"],
@@ -88,12 +80,16 @@ def pair_gradient(
   heads stay an axis of their own: split again inside an element-wise kernel,
   the fast axis would not be read in order, which made it seven times slower.
   """
-  s = _scores("...GQH,...RH->...RGQ", q, k, seen, scale, softcap)
+  s = _wide_einsum("...GQH,...RH->...RGQ", q, k) * scale
+  if softcap is not None:
+    s = softcap * jnp.tanh(s / softcap)
+  if seen is not None:
+    s = jnp.where(seen, s, -jnp.inf)
   p = jnp.exp(s - jnp.expand_dims(lse, -3))
   dp = _wide_einsum("...GQH,...RH->...RGQ", do, v)
   ds = p * (dp - jnp.expand_dims(delta, -3))
   if softcap is not None:
-    # s is -inf where masked; there ds is 0 and must stay so.
+    # s is -inf where unseen; there ds is 0 and must stay so.
     ds = ds * (1 - jnp.square(jnp.where(p > 0, s, 0) / softcap))
   ds, p = ds.astype(q.dtype), p.astype(q.dtype)
   dv = _wide_einsum("...RGQ,...GQH->...RH", p, do)

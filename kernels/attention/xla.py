@@ -11,19 +11,22 @@ place, which is what the chunk executor needs (and an ordinary gradient is the
 case of buffers that start at zero).
 
 Source: Dao, FlashAttention-2 (arXiv 2307.08691); block sizes measured with
-benchmarks/attention_cpu.py.
+benchmarks/attention.py.
 """
 
-import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from jaxchunk.kernels.attention import tables
+from jaxchunk.kernels.attention.block_sizes import BlockSizes, look_up
 from jaxchunk.kernels.attention.blocks import (
   Grid,
   Visible,
+  full_blocks,
   live_blocks,
   live_indices,
 )
@@ -43,14 +46,47 @@ from jaxchunk.kernels.attention.xla_sparse import (
 from jaxchunk.kernels.vma import vary_like
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockSizes:
-  """Tokens per block of queries and of keys, forward and backward."""
+class _Lists(NamedTuple):
+  """For each row of blocks, the blocks of the other side that it meets.
 
-  q: int = 512
-  kv: int = 256
-  q_bwd: int = 512
-  kv_bwd: int = 256
+  Attributes:
+    full: `[I,J]` those in which everything is visible: they need no mask,
+      which is a third of the time of a block.
+    num_full: `[I]` how many.
+    part: `[I,J]` those in which something is.
+    num_part: `[I]` how many.
+  """
+
+  full: Int[Array, "I J"]
+  num_full: Int[Array, " I"]
+  part: Int[Array, "I J"]
+  num_part: Int[Array, " I"]
+
+  @classmethod
+  def of(
+    cls, mask: AttentionMask, grid: Grid, *, by_key: bool = False
+  ) -> "_Lists":
+    """Rows are blocks of queries, or `by_key` blocks of keys."""
+    live = live_blocks(mask, grid).any(0)
+    full = live & full_blocks(mask, grid).all(0)
+    kinds = (full, live & ~full)
+    if by_key:
+      kinds = (full.T, (live & ~full).T)
+    return cls(*live_indices(kinds[0]), *live_indices(kinds[1]))
+
+  def walk(
+    self, i: Any, visit: Callable[[Any, bool, Any], Any], carry: Any
+  ) -> Any:
+    """`carry = visit(block, masked, carry)` for each block of row i."""
+
+    def full(n: Any, carry: Any) -> Any:
+      return visit(self.full[i, n], False, carry)
+
+    def part(n: Any, carry: Any) -> Any:
+      return visit(self.part[i, n], True, carry)
+
+    carry = lax.fori_loop(0, self.num_full[i], full, carry)
+    return lax.fori_loop(0, self.num_part[i], part, carry)
 
 
 def _cache_block(
@@ -96,26 +132,25 @@ def flash_forward(
     return sparse_forward(
       q, k, v, mask, layer=layer, scale=scale, softcap=softcap
     )
-  B, K, G, T, _ = q.shape
+  B, K, G, T, H = q.shape
   S = k.shape[3]
-  blocks = blocks or BlockSizes()
+  blocks = blocks or look_up(tables.XLA, H, BlockSizes())
   grid = Grid(T, S, min(blocks.q, T), min(blocks.kv, S))
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  listed, count = live_indices(live_blocks(mask, grid).any(0))
+  lists = _Lists.of(mask, grid)
   visible = Visible.of(mask, T, S)
 
   def attend_block(i: Any, out: tuple[Array, Array]) -> tuple[Array, Array]:
     q_i = lax.dynamic_slice_in_dim(q, grid.q_start(i), grid.bq, 3)
 
-    def step(n: Any, carry: SoftmaxCarry) -> SoftmaxCarry:
-      j = listed[i, n]
+    def step(j: Any, masked: bool, carry: SoftmaxCarry) -> SoftmaxCarry:
       k_j = _cache_block(k, layer, grid.kv_start(j), grid.bk)
       v_j = _cache_block(v, layer, grid.kv_start(j), grid.bk)
-      seen = visible.block(grid, i, j)[:, None, None]
+      seen = visible.block(grid, i, j)[:, None, None] if masked else None
       return softmax_step(carry, q_i, k_j, v_j, seen, scale, softcap)
 
     start = vary_like(softmax_start(q_i), q, k, v, mask, layer)
-    o_i, lse_i = softmax_end(lax.fori_loop(0, count[i], step, start), q.dtype)
+    o_i, lse_i = softmax_end(lists.walk(i, step, start), q.dtype)
     o, lse = out
     at = grid.q_start(i)
     # The last block repeats rows of the one before where T is not a multiple;
@@ -197,11 +232,11 @@ def flash_backward(
       softcap=softcap,
       **options,
     )
-  blocks = blocks or BlockSizes()
+  blocks = blocks or look_up(tables.XLA, q.shape[4], BlockSizes())
   grid = Grid(T, S, min(blocks.q_bwd, T), min(blocks.kv_bwd, S))
-  live = live_blocks(mask, grid).any(0)
-  listed, count = live_indices(live.T)
-  kv_listed, kv_count = live_indices(jnp.any(live, axis=0)[None])
+  lists = _Lists.of(mask, grid, by_key=True)
+  rows = lists.num_full + lists.num_part > 0
+  kv_listed, kv_count = live_indices(rows[None])
   visible = Visible.of(mask, T, S)
 
   def kv_step(n: Any, carry: tuple[Array, Array, Array]) -> Any:
@@ -209,15 +244,16 @@ def flash_backward(
     k_j = _cache_block(k, layer, grid.kv_start(j), grid.bk)
     v_j = _cache_block(v, layer, grid.kv_start(j), grid.bk)
 
-    def q_step(n: Any, carry: tuple[Array, Array, Array]) -> Any:
+    def q_step(i: Any, masked: bool, carry: tuple[Array, Array, Array]) -> Any:
       dq, dk_j, dv_j = carry
-      i = listed[j, n]
       at = grid.q_start(i)
       q_i, do_i, lse_i, delta_i = (
         lax.dynamic_slice_in_dim(of_query, at, grid.bq, 3)
         for of_query in (q, do, lse, delta)
       )
-      seen = visible.block(grid, i, j, by_key=True)[:, None, :, None]
+      seen = None
+      if masked:
+        seen = visible.block(grid, i, j, by_key=True)[:, None, :, None]
       dq_i, dk_ij, dv_ij = pair_gradient(
         q_i, k_j, v_j, seen, lse_i, delta_i, do_i, scale, softcap
       )
@@ -231,7 +267,7 @@ def flash_backward(
     dq, dk, dv = carry
     zero = jnp.zeros(k_j.shape, wide)
     start = (dq, *vary_like((zero, zero), dq))
-    dq, dk_j, dv_j = lax.fori_loop(0, count[j], q_step, start)
+    dq, dk_j, dv_j = lists.walk(j, q_step, start)
     at = grid.kv_start(j) - dkv_start
     return (
       dq,

@@ -33,7 +33,7 @@ from jaxchunk.kernels.attention.softmax import (
 from jaxchunk.kernels.vma import vary_like
 
 # Scores of a step, and least tokens of a list that a step takes; measured with
-# benchmarks/attention_cpu.py.
+# benchmarks/attention.py.
 _SCORES = 1 << 20
 _TOKENS = 512
 

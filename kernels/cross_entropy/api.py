@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import typing
 from types import ModuleType
 from typing import Literal, TypeAlias
 
@@ -13,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxchunk.kernels.cross_entropy import reference, xla
 
-Implementation: TypeAlias = Literal["xla", "reference"]
-
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": xla, "reference": reference}
+Implementation: TypeAlias = Literal[
+  "xla", "reference", "pallas_tpu", "pallas_gpu"
+]
 
 
 def linear_cross_entropy(
@@ -53,8 +54,10 @@ def linear_cross_entropy(
     labels: `[..., T]` integers in [0, V). Masked positions need a valid label
       too: give 0, and weight 0 to their nll.
     softcap: Bounds the logits to (-softcap, softcap).
-    implementation: "xla", or "reference" (naive, holds the logits). A named
-      one never falls back; `None` chooses.
+    implementation: "xla", "reference" (naive, holds the logits), or the
+      kernels "pallas_tpu" (fp32 and bf16) and "pallas_gpu" (Hopper, 16 bits),
+      which have been compiled but not run on such hardware. A named one never
+      falls back; `None` is "xla".
 
   Returns:
     `(nll, lse)`, both `[..., T]` in fp32, or fp64 where `x` is.
@@ -64,6 +67,8 @@ def linear_cross_entropy(
       implementation is unknown, or labels whose values are known (outside
       `jit`) are out of range. Where they cannot be known, nll is NaN at such
       labels, and so are the gradients of it.
+    NotImplementedError: The named kernels cannot serve the arguments; the
+      message says why.
   """
   x, w, labels = jnp.asarray(x), jnp.asarray(w), _checked_labels(labels, w)
   _check(x, w, labels, softcap)
@@ -114,7 +119,8 @@ def linear_cross_entropy_with_grad(
     softcap: Bounds the logits to (-softcap, softcap).
     dw_init: fp32 or fp64 `[V, D]` to add the gradient of `w` to. `None` where
       `w` is frozen: its gradient is not computed.
-    implementation: "xla" or "reference"; `None` chooses.
+    implementation: As `linear_cross_entropy`. "pallas_tpu" computes the logits
+      three times, "pallas_gpu" twice.
 
   Returns:
     `(nll, lse, dx, dw)`; dx has the dtype of `x`, dw that of `dw_init`, or is
@@ -123,6 +129,7 @@ def linear_cross_entropy_with_grad(
   Raises:
     ValueError: As `linear_cross_entropy`, where labels of weight 0 count too;
       or weights or dw_init do not fit.
+    NotImplementedError: As `linear_cross_entropy`.
   """
   x, w, labels = jnp.asarray(x), jnp.asarray(w), _checked_labels(labels, w)
   weights = jnp.asarray(weights)
@@ -193,15 +200,25 @@ def _check(x: Array, w: Array, labels: Array, softcap: float | None) -> None:
 
 
 def _choose(implementation: str | None) -> ModuleType:
+  """The module of an implementation; Pallas is loaded when asked for."""
   if implementation is None:
     _log_choice("xla")
     return xla
-  if implementation not in _IMPLEMENTATIONS:
+  if implementation == "pallas_tpu":
+    from jaxchunk.kernels.cross_entropy import pallas_tpu
+
+    return pallas_tpu
+  if implementation == "pallas_gpu":
+    from jaxchunk.kernels.cross_entropy import pallas_gpu
+
+    return pallas_gpu
+  known: dict[str, ModuleType] = {"xla": xla, "reference": reference}
+  if implementation not in known:
     raise ValueError(
       f"implementation {implementation!r} is unknown; there are "
-      f"{sorted(_IMPLEMENTATIONS)}"
+      f"{sorted(typing.get_args(Implementation))}"
     )
-  return _IMPLEMENTATIONS[implementation]
+  return known[implementation]
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from jaxchunk.chunking.executor import (
 )
 from jaxchunk.chunking.lanes import pack_lanes
 from jaxchunk.chunking.plan import chunk_plan
-from jaxchunk.kernels.attention.xla import BlockSizes
+from jaxchunk.kernels.attention.block_sizes import BlockSizes
 from jaxchunk.types import Batch, Example
 from tests.chunking.conftest import PLAIN, RICH, build, make_batch, worst
 

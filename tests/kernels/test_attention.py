@@ -18,11 +18,16 @@ from jaxchunk.kernels.attention.api import (
   merge,
   ungrouped,
 )
-from jaxchunk.kernels.attention.blocks import Grid, live_blocks
+from jaxchunk.kernels.attention.block_sizes import BlockSizes
+from jaxchunk.kernels.attention.blocks import (
+  Grid,
+  full_blocks,
+  live_blocks,
+)
 from jaxchunk.kernels.attention.mask import AttentionMask
 
 IMPLEMENTATIONS = ("xla", "reference")
-SMALL = xla.BlockSizes(q=16, kv=8, q_bwd=8, kv_bwd=16)
+SMALL = BlockSizes(q=16, kv=8, q_bwd=8, kv_bwd=16)
 every_implementation = pytest.mark.parametrize("name", IMPLEMENTATIONS)
 
 
@@ -389,6 +394,34 @@ def test_no_dead_block_is_computed(seen, has_ids):
   np.testing.assert_array_equal(live, blocks)
 
 
+@given(
+  seen=masks(45, 60),
+  sizes=st.sampled_from([(8, 7), (9, 12), (45, 60), (15, 60)]),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_block_is_full_if_it_hides_nothing(seen, sizes):
+  grid = Grid(45, 60, *sizes)
+  full, whole = _full(grid, seen)
+  assert not (full & ~whole).any()
+  # Without segments it is exact, but for a last block that overlaps.
+  full, whole = _full(grid, seen._replace(ids=None))
+  rows, columns = grid.T // grid.bq, grid.S // grid.bk
+  np.testing.assert_array_equal(full[0], whole[0])
+  assert not full[:, rows:].any() and not full[:, :, columns:].any()
+
+
+def _full(grid, seen):
+  """What is called full, and which whole blocks are visible throughout."""
+  pairs = seen.pairs(2, grid.T, grid.S)
+  rows, columns = grid.T // grid.bq, grid.S // grid.bk
+  pairs = pairs[:, : rows * grid.bq, : columns * grid.bk]
+  tiles = pairs.reshape(len(pairs), rows, grid.bq, columns, grid.bk)
+  pad = ((0, 0), (0, grid.num_q() - rows), (0, grid.num_kv() - columns))
+  full = np.asarray(_full_blocks(traced(seen), grid))
+  return full, np.pad(tiles.all((2, 4)), pad)
+
+
+_full_blocks = jax.jit(full_blocks, static_argnums=1)
 _live_blocks = jax.jit(live_blocks, static_argnums=1)
 
 
@@ -507,7 +540,7 @@ def test_the_backward_pass_adds_into_a_part_of_the_callers_buffers(window):
   shape = (2, 13, 53, 4, 2, 4)
   # Keys before `start` are in no visible block of keys: 8 = SMALL.kv_bwd / 2,
   # so the blocks here are of 8 keys.
-  blocks = xla.BlockSizes(q=4, kv=8, q_bwd=4, kv_bwd=8)
+  blocks = BlockSizes(q=4, kv=8, q_bwd=4, kv_bwd=8)
   kv = np.where(np.arange(53) < 16, 1, 2)[None].repeat(2, 0).astype(np.int32)
   seen = Seen(
     causal=True, offset=30, window=window, ids=(kv[:, 30:43], kv), length=43

@@ -12,18 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxchunk.kernels.attention import xla
 from jaxchunk.kernels.attention.api import grouped, ungrouped
-from jaxchunk.kernels.attention.blocks import Grid
-from jaxchunk.kernels.attention.hopper.problem import (
-  GpuBlocks,
-  full_blocks,
-  unsupported,
-)
+from jaxchunk.kernels.attention.block_sizes import BlockSizes, GpuBlocks
+from jaxchunk.kernels.attention.hopper.problem import unsupported
 from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.kernels.attention.pallas_gpu import (
   gpu_backward,
@@ -33,9 +27,7 @@ from tests.kernels.test_attention import (
   Outputs,
   Seen,
   draw,
-  masks,
   sorted_ids,
-  traced,
   truth,
 )
 
@@ -174,7 +166,7 @@ def test_interpreted_kernels_err_at_most_twice_as_much_as_xla(name):
     inputs,
     xla.flash_forward,
     xla.flash_backward,
-    blocks=xla.BlockSizes(q=64, kv=64, q_bwd=64, kv_bwd=64),
+    blocks=BlockSizes(q=64, kv=64, q_bwd=64, kv_bwd=64),
   )
   dead = ~pairs.reshape(-1, case.shape[2] // 128, 128).any((0, 2))
   dead = np.repeat(dead, 128)[None, :, None, None]
@@ -201,28 +193,6 @@ def test_interpreted_kernels_err_at_most_twice_as_much_as_xla(name):
     assert errors[0] <= 2 * errors[1] + slack, (field, errors)
   if case.pairs is not None:
     assert (int(counts[0]), *map(int, counts[1])) == case.pairs
-
-
-@given(seen=masks(64, 128), keys=st.sampled_from([8, 32]))
-@settings(max_examples=40, deadline=None, derandomize=True)
-def test_a_block_is_full_if_it_hides_nothing(seen, keys):
-  grid = Grid(64, 128, 16, keys)
-  pairs = seen.pairs(2, grid.T, grid.S)
-  full = np.asarray(_full(traced(seen), grid))
-  assert not (full & ~_whole(pairs, grid)).any()
-  # Without segments it is exact.
-  seen = seen._replace(ids=None)
-  full = np.asarray(_full(traced(seen), grid))
-  pairs = seen.pairs(2, grid.T, grid.S)
-  np.testing.assert_array_equal(full[0], _whole(pairs, grid)[0])
-
-
-def _whole(pairs, grid):
-  tiles = pairs.reshape(len(pairs), -1, grid.bq, grid.S // grid.bk, grid.bk)
-  return tiles.all((2, 4))
-
-
-_full = jax.jit(full_blocks, static_argnums=1)
 
 
 def _shapes(shape, dtype=jnp.bfloat16):

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchunk.kernels.attention import pallas_tpu
 from jaxchunk.kernels.attention.api import grouped, ungrouped
+from jaxchunk.kernels.attention.block_sizes import TpuBlocks
 from jaxchunk.kernels.attention.blocks import Grid, live_blocks
 from jaxchunk.kernels.attention.mask import AttentionMask
-from jaxchunk.kernels.attention.tpu.work import TpuBlocks, unsupported
+from jaxchunk.kernels.attention.tpu.work import unsupported
 from tests.kernels.test_attention import (
   Inputs,
   Outputs,

@@ -1,4 +1,9 @@
-"""Every implementation against fp64 truth, and what only the tiled one does."""
+"""Every implementation against fp64 truth, and what only the tiled one does.
+
+The TPU kernels are interpreted; what is theirs alone is in
+test_cross_entropy_tpu.py. The interpreter of the GPU kernel takes seconds a
+run: all but one of its tests are in test_cross_entropy_gpu.py.
+"""
 
 import functools
 
@@ -10,16 +15,58 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from jaxchunk.kernels.cross_entropy import reference, xla
+from jaxchunk.kernels.cross_entropy import (
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+  xla,
+)
 from jaxchunk.kernels.cross_entropy.api import (
   linear_cross_entropy,
   linear_cross_entropy_with_grad,
 )
+from jaxchunk.kernels.cross_entropy.tpu_bodies import Tile
+
+try:
+  from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+except ImportError:  # private before jax 0.11
+  from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 IMPLEMENTATIONS = ["xla", "reference"]
+WITH_KERNELS = [*IMPLEMENTATIONS, "pallas_tpu"]
 # Several tiles both ways, the last of each moved back over the one before.
 SMALL = xla.BlockSizes(rows=8, vocab=16)
 SMALL_KEPT = xla.BlockSizes(rows=8, vocab=16, keep=True)
+
+TPU = {
+  "blocks": pallas_tpu.TpuBlocks(Tile(16, 8), Tile(8, 16), Tile(24, 8)),
+  "interpret": True,
+}
+GPU = {
+  "blocks": pallas_gpu.GpuBlocks(rows=128, vocab=64, tile=64),
+  "interpret": InterpretGPUParams(),
+}
+
+
+def plain(name):
+  """`linear_cross_entropy` of an implementation."""
+  if name in IMPLEMENTATIONS:
+    return functools.partial(linear_cross_entropy, implementation=name)
+  module, options = of_kernels(name)
+  return functools.partial(module.linear_cross_entropy, **options)
+
+
+def fused(name):
+  """`linear_cross_entropy_with_grad` of an implementation."""
+  if name in IMPLEMENTATIONS:
+    call = linear_cross_entropy_with_grad
+    return functools.partial(call, implementation=name)
+  module, options = of_kernels(name)
+  return functools.partial(module.linear_cross_entropy_with_grad, **options)
+
+
+def of_kernels(name):
+  return (pallas_gpu, GPU) if name == "pallas_gpu" else (pallas_tpu, TPU)
 
 
 def make(shape, vocab, width=12, dtype=np.float64, seed=0):
@@ -138,30 +185,43 @@ def test_with_grad_equals_the_gradient(blocks, softcap):
     assert_close(got, (nll, lse, dx, init + dw), 1e-13)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_with_grad_of_a_frozen_head(implementation):
-  x, w, labels = make((2, 9), 31, dtype=np.float32)
+  x, w, labels = make((2, 9), 101, dtype=np.float32)
   weights, _ = make_cotangents((2, 9), np.float32)
-  call = functools.partial(
-    linear_cross_entropy_with_grad, implementation=implementation
-  )
-  want = call(x, w, labels, weights, dw_init=jnp.zeros_like(w))
+  call = fused(implementation)
+  want = call(x, w, labels, weights, dw_init=jnp.zeros(w.shape))
   *got, dw = call(x, w, labels, weights, dw_init=None)
   assert dw is None
   assert_close(got, want[:3], 1e-6, ("nll", "lse", "dx"))
 
 
-@pytest.mark.parametrize("garbage", [1e30, np.inf, np.nan])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rows_of_weight_zero_add_nothing(implementation, garbage):
-  x, w, labels = make((21,), 31, dtype=np.float32)
-  weights = jnp.asarray(np.arange(21) % 3 != 0, jnp.float32)
-  call = jax.jit(
-    functools.partial(
-      linear_cross_entropy_with_grad, implementation=implementation
-    )
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
+def test_with_grad_is_the_gradient_added_to_what_there_was(implementation):
+  x, w, labels = make((2, 65), 101, dtype=np.float32)
+  weights, _ = make_cotangents((2, 65), np.float32)
+  init = np.random.default_rng(2).integers(-9, 9, w.shape)
+  init = jnp.asarray(init, jnp.float32)
+  *got, dw = fused(implementation)(x, w, labels, weights, dw_init=init)
+  want = value_and_grad(
+    plain(implementation), x, w, labels, (weights, jnp.zeros_like(weights))
   )
-  init = jnp.zeros_like(w)
+  assert dw.dtype == jnp.float32
+  assert_close(got, want[:3], 1e-6, ("nll", "lse", "dx"))
+  # The sum is rounded at the size of `init`.
+  np.testing.assert_allclose(dw - init, want[3], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("garbage", [1e30, np.inf, np.nan])
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
+def test_rows_of_weight_zero_add_nothing(implementation, garbage):
+  x, w, labels = make((61,), 101, dtype=np.float32)
+  # Of the TPU's blocks some are full, some mixed, some without any weight.
+  weights = (np.arange(61) % 3 != 0) | (np.arange(61) < 24)
+  weights[36:56] = False
+  weights = jnp.asarray(weights, jnp.float32)
+  call = jax.jit(fused(implementation))
+  init = jnp.zeros(w.shape)
   *_, dx, dw = call(x, w, labels, weights, dw_init=init)
   dirty = jnp.where(weights[:, None] == 0, garbage, x)
   odd_labels = jnp.where(weights == 0, -100, labels)
@@ -171,15 +231,26 @@ def test_rows_of_weight_zero_add_nothing(implementation, garbage):
   np.testing.assert_array_equal(dw, dirty_dw)
 
 
-def errors(got, truth):
-  return [
-    np.abs(np.asarray(a, np.float64) - b).max()
-    for a, b in zip(got, truth, strict=True)
-  ]
+def truth(x, w, labels, cotangents, softcap):
+  """nll, lse, dx and dw in fp64."""
+  with jax.enable_x64(True):
+    wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (x, w, *cotangents)]
+    function = functools.partial(naive, softcap=softcap)
+    want = value_and_grad(function, *wide[:2], labels, tuple(wide[2:]))
+    return [np.asarray(a) for a in want]
+
+
+def assert_errs_at_most_twice_as_much(got, peer, want):
+  names = ("nll", "lse", "dx", "dw")
+  for name, ours, theirs, true in zip(names, got, peer, want, strict=True):
+    errors = [
+      np.abs(np.asarray(a, np.float64) - true).max() for a in (ours, theirs)
+    ]
+    assert errors[0] <= 2 * errors[1], (name, errors)
 
 
 @pytest.mark.parametrize(
-  ("dtype", "softcap", "fused"),
+  ("dtype", "softcap", "one_pass"),
   [
     (jnp.bfloat16, None, False),
     (jnp.bfloat16, 3.0, True),
@@ -187,13 +258,13 @@ def errors(got, truth):
     (jnp.float32, None, True),
   ],
 )
-def test_errs_at_most_twice_the_plain_computation(dtype, softcap, fused):
+def test_errs_at_most_twice_the_plain_computation(dtype, softcap, one_pass):
   # Large enough that XLA picks the same matrix product for a tile as for the
   # whole: its product of small matrices errs 2.5 times as much.
   shape, vocab = (300,), 1201
   x, w, labels = make(shape, vocab, width=64, dtype=dtype)
   g_nll, g_lse = make_cotangents(shape, np.float32)
-  if fused:
+  if one_pass:
     g_lse = jnp.zeros_like(g_lse)
     got = xla.linear_cross_entropy_with_grad(
       x,
@@ -212,26 +283,11 @@ def test_errs_at_most_twice_the_plain_computation(dtype, softcap, fused):
     )
     got = value_and_grad(tiled, x, w, labels, (g_nll, g_lse))
   function = functools.partial(naive, softcap=softcap)
-  plain = value_and_grad(
+  peer = value_and_grad(
     function, x, w, labels, (g_nll.astype(dtype), g_lse.astype(dtype))
   )
-  with jax.enable_x64(True):
-    x, w, g_nll, g_lse = (
-      np.asarray(a, np.float64) for a in (x, w, g_nll, g_lse)
-    )
-    truth = value_and_grad(
-      function,
-      jnp.asarray(x),
-      jnp.asarray(w),
-      labels,
-      (jnp.asarray(g_nll), jnp.asarray(g_lse)),
-    )
-    truth = [np.asarray(a) for a in truth]
-  names = ("nll", "lse", "dx", "dw")
-  for name, ours, theirs in zip(
-    names, errors(got, truth), errors(plain, truth), strict=True
-  ):
-    assert ours <= 2 * theirs, (name, ours, theirs)
+  want = truth(x, w, labels, (g_nll, g_lse), softcap)
+  assert_errs_at_most_twice_as_much(got, peer, want)
 
 
 @pytest.mark.fast
@@ -249,11 +305,11 @@ def test_dtypes():
   assert (dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*WITH_KERNELS, "pallas_gpu"])
 def test_no_rows(implementation):
-  x, w, labels = make((3, 0), 7, dtype=np.float32)
+  x, w, labels = make((3, 0), 64, width=64, dtype=jnp.bfloat16)
   got = value_and_grad(
-    functools.partial(linear_cross_entropy, implementation=implementation),
+    plain(implementation),
     x,
     w,
     labels,
@@ -261,6 +317,10 @@ def test_no_rows(implementation):
   )
   assert [a.shape for a in got] == [(3, 0), (3, 0), x.shape, w.shape]
   assert not got[3].any()
+  weights, init = jnp.zeros((3, 0)), jnp.ones(w.shape)
+  got = fused(implementation)(x, w, labels, weights, dw_init=init)
+  assert [a.shape for a in got] == [(3, 0), (3, 0), x.shape, w.shape]
+  np.testing.assert_array_equal(got[3], init)
 
 
 def temp_bytes(function, *args, **jit_kwargs):
@@ -315,12 +375,15 @@ def test_the_gradient_of_w_is_accumulated_in_place():
 
 
 @pytest.mark.fast
-def test_bitwise_repeatable():
-  x, w, labels = make((50,), 97, dtype=np.float32)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
+def test_bitwise_repeatable(implementation):
+  x, w, labels = make((50,), 101, dtype=np.float32)
   cotangents = make_cotangents((50,), np.float32)
-  tiled = functools.partial(xla.linear_cross_entropy, blocks=SMALL)
+  function = plain(implementation)
+  if implementation == "xla":
+    function = functools.partial(xla.linear_cross_entropy, blocks=SMALL)
   first, second = (
-    value_and_grad(tiled, x, w, labels, cotangents) for _ in range(2)
+    value_and_grad(function, x, w, labels, cotangents) for _ in range(2)
   )
   for a, b in zip(first, second, strict=True):
     np.testing.assert_array_equal(a, b)
@@ -394,19 +457,11 @@ def test_shard_map_with_grad_returns_each_devices_share():
     assert_close(got, want, 1e-12)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_labels_out_of_range(implementation):
-  x, w, labels = make((9,), 17, dtype=np.float32)
-  function = functools.partial(
-    linear_cross_entropy, implementation=implementation
-  )
-  wrong = labels.at[4].set(17).at[6].set(-1)
-  message = r"\[0, V=17\), got 17 at \(4,\) \(2 such\)"
-  for known in (wrong, np.asarray(wrong)):
-    with pytest.raises(ValueError, match=message):
-      function(x, w, known)
-    with pytest.raises(ValueError, match=message):
-      jax.grad(lambda x, known=known: function(x, w, known)[0].sum())(x)
+  x, w, labels = make((9,), 101, dtype=np.float32)
+  wrong = labels.at[4].set(101).at[6].set(-1)
+  function = plain(implementation)
   nll, lse = jax.jit(function)(x, w, wrong)
   assert np.flatnonzero(np.isnan(nll)).tolist() == [4, 6]
   assert np.isfinite(lse).all()
@@ -414,6 +469,16 @@ def test_labels_out_of_range(implementation):
     jax.grad(lambda x, w, labels: function(x, w, labels)[0].sum(), (0, 1))
   )(x, w, wrong)
   assert np.isnan(dx[4]).all() and np.isnan(dw).any()
+  # Where the values are known, by the public function.
+  function = functools.partial(
+    linear_cross_entropy, implementation=implementation
+  )
+  message = r"\[0, V=101\), got 101 at \(4,\) \(2 such\)"
+  for known in (wrong, np.asarray(wrong)):
+    with pytest.raises(ValueError, match=message):
+      function(x, w, known)
+    with pytest.raises(ValueError, match=message):
+      jax.grad(lambda x, known=known: function(x, w, known)[0].sum())(x)
 
 
 @pytest.mark.fast
@@ -428,7 +493,7 @@ def test_labels_out_of_range(implementation):
     ({"labels": np.zeros(2, np.int32)}, r"labels have shape \(2,\)"),
     ({"labels": np.zeros(3, np.float32)}, "labels must be integers"),
     ({"softcap": 0.0}, "softcap must be positive and finite, got 0.0"),
-    ({"implementation": "triton"}, r"'triton' is unknown.*reference.*xla"),
+    ({"implementation": "triton"}, r"'triton' .*pallas_gpu.*xla"),
   ],
 )
 def test_wrong_arguments_raise(changes, message):

@@ -12,16 +12,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from jaxchunk.kernels.attention.blocks import (
-  Grid,
-)
+from jaxchunk.kernels.attention.block_sizes import GpuBlocks
+from jaxchunk.kernels.attention.blocks import Grid
 from jaxchunk.kernels.attention.hopper.problem import (
   FETCH_REGISTERS,
   KEYS,
   ROWS,
   WORK_REGISTERS,
   WORKERS,
-  GpuBlocks,
   Inputs,
   Problem,
   Ref,
@@ -45,12 +43,8 @@ from jaxchunk.kernels.attention.hopper.warps import (
   two_dots,
   worker_role,
 )
-from jaxchunk.kernels.attention.mask import (
-  AttentionMask,
-)
-from jaxchunk.kernels.vma import (
-  vary_like,
-)
+from jaxchunk.kernels.attention.mask import AttentionMask
+from jaxchunk.kernels.vma import vary_like
 
 
 def _pair(

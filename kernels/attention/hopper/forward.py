@@ -8,13 +8,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from jaxchunk.kernels.attention.block_sizes import GpuBlocks
 from jaxchunk.kernels.attention.hopper.problem import (
   FETCH_REGISTERS,
   LN2,
   ROWS,
   WORK_REGISTERS,
   WORKERS,
-  GpuBlocks,
   Inputs,
   Problem,
 )
@@ -31,9 +31,7 @@ from jaxchunk.kernels.attention.hopper.warps import (
   start_copies,
   worker_role,
 )
-from jaxchunk.kernels.attention.softmax import (
-  LOWEST,
-)
+from jaxchunk.kernels.attention.softmax import LOWEST
 
 
 class ForwardScratch(NamedTuple):

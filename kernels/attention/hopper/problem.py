@@ -1,15 +1,21 @@
 """What a GPU kernel is given: the problem, its arrays, and lists of blocks."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array
 
-from jaxchunk.kernels.attention.blocks import Grid, live_blocks, live_indices
+from jaxchunk.kernels.attention import tables
+from jaxchunk.kernels.attention.block_sizes import GpuBlocks, look_up
+from jaxchunk.kernels.attention.blocks import (
+  Grid,
+  full_blocks,
+  live_blocks,
+  live_indices,
+)
 from jaxchunk.kernels.attention.mask import AttentionMask
 
 # Rows of a warpgroup, which wgmma fixes, and warpgroups that multiply.
@@ -24,45 +30,11 @@ LOG2E, LN2 = math.log2(math.e), math.log(2)
 Ref = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class GpuBlocks:
-  """Tokens per step of a worker, and steps that are in flight.
-
-  Attributes:
-    kv: Keys per step, forward.
-    stages: Steps in shared memory, forward.
-    kv_dq: Keys per step, for dq.
-    stages_dq: Steps in shared memory, for dq.
-    q_dkv: Queries per step, for dk and dv.
-    stages_dkv: Steps in shared memory, for dk and dv.
-  """
-
-  kv: int = 128
-  stages: int = 2
-  kv_dq: int = 64
-  stages_dq: int = 2
-  q_dkv: int = 64
-  stages_dkv: int = 2
-
-  def stages_for(self, parts: tuple[str, ...]) -> int:
-    """Steps in shared memory for the given gradients."""
-    # Without dk the values need no place; 128 of them take that of a step.
-    return self.stages_dkv + ("dk" not in parts)
-
-  def fit(self, mask: AttentionMask, S: int) -> "GpuBlocks":
-    """Smaller blocks of keys where the mask's table or S asks for them."""
-    kv, kv_dq = (math.gcd(n, S, mask.kv_block) for n in (self.kv, self.kv_dq))
-    return dataclasses.replace(self, kv=kv, kv_dq=kv_dq)
-
-
-# What fits into 227 KiB of shared memory and 240 registers; never run.
-BLOCKS = {
-  64: GpuBlocks(kv=128, stages=4, kv_dq=128, stages_dq=3, stages_dkv=4),
-  80: GpuBlocks(kv=128, stages=2),
-  96: GpuBlocks(kv=128, stages=2),
-  128: GpuBlocks(kv=128, stages=2, kv_dq=64, stages_dq=3, stages_dkv=3),
-  256: GpuBlocks(kv=64, stages=2, stages_dq=1, stages_dkv=1),
-}
+def choose_blocks(
+  H: int, mask: AttentionMask, S: int, blocks: GpuBlocks | None = None
+) -> GpuBlocks:
+  """Block sizes for a head width, fitted to the mask's table and S."""
+  return (blocks or look_up(tables.GPU, H, GpuBlocks())).fit(mask, S)
 
 
 def unsupported(
@@ -89,11 +61,12 @@ def unsupported(
   S = k.shape[3]
   if q.dtype not in (jnp.bfloat16, jnp.float16):
     return f"q has dtype {q.dtype}, not bfloat16 or float16"
-  if H not in BLOCKS:
-    return f"the head width is {H}, not one of {sorted(BLOCKS)}"
+  widths = sorted({width for _, width in tables.GPU})
+  if H not in widths:
+    return f"the head width is {H}, not one of {widths}"
   if not scale > 0:
     return f"the scale is {scale}, not positive"
-  blocks = (blocks or BLOCKS[H]).fit(mask, S)
+  blocks = choose_blocks(H, mask, S, blocks)
   bq = math.lcm(query_block(G), blocks.q_dkv)
   if T % bq:
     return f"there are T={T} queries, not a multiple of {bq}"
@@ -294,45 +267,6 @@ def make_inputs(
     table=table,
     lists=None,
   )
-
-
-def full_blocks(mask: AttentionMask, grid: Grid) -> Bool[Array, "#B I J"]:
-  """Which pairs of blocks have no hidden pair of tokens; table apart."""
-  i, j = jnp.arange(grid.num_q()), jnp.arange(grid.num_kv())
-  p_first = (mask.offset + i * grid.bq)[:, None]
-  p_last = p_first + grid.bq - 1
-  k_first = (j * grid.bk)[None]
-  k_last = k_first + grid.bk - 1
-  full = jnp.ones((grid.num_q(), grid.num_kv()), bool)
-  if mask.is_causal:
-    full &= k_last <= p_first
-  if mask.window_size is not None:
-    full &= p_last - k_first < mask.window_size
-    if not mask.is_causal:
-      full &= k_last - p_first < mask.window_size
-  if mask.kv_length is not None:
-    full &= k_last < mask.kv_length
-  full = full[None]
-  if mask.q_segment_ids is not None and mask.kv_segment_ids is not None:
-    (q_id, q_one), (k_id, k_one) = (
-      _one_segment(ids, size)
-      for ids, size in (
-        (mask.q_segment_ids, grid.bq),
-        (mask.kv_segment_ids, grid.bk),
-      )
-    )
-    full = full & (q_id[:, :, None] == k_id[:, None])
-    full &= q_one[:, :, None] & k_one[:, None]
-  return full
-
-
-def _one_segment(
-  ids: Int[Array, "B T"], size: int
-) -> tuple[Int[Array, "B I"], Bool[Array, "B I"]]:
-  """The first id of each block, and whether it is all there is."""
-  ids = ids.reshape(len(ids), -1, size)
-  first = ids[:, :, 0]
-  return first, (first > 0) & (ids == first[:, :, None]).all(-1)
 
 
 def make_lists(

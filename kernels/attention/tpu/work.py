@@ -1,14 +1,14 @@
 """What the TPU kernels are given: block sizes, limits, lists of pairs."""
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxchunk.kernels.attention.blocks import Grid, Visible, live_blocks
+from jaxchunk.kernels.attention import tables
+from jaxchunk.kernels.attention.block_sizes import TpuBlocks, look_up
+from jaxchunk.kernels.attention.blocks import Grid, full_blocks, live_blocks
 from jaxchunk.kernels.attention.mask import AttentionMask
 
 LANES = 128
@@ -25,23 +25,6 @@ MAX_BLOCKS = 1 << (ROW - COLUMN)
 LOG2_E = math.log2(math.e)
 
 
-@dataclasses.dataclass(frozen=True)
-class TpuBlocks:
-  """Tokens per block of queries and of keys, forward and backward."""
-
-  q: int = 1024
-  kv: int = 512
-  q_bwd: int = 1024
-  kv_bwd: int = 512
-
-
-# By kind of device and H in whole lanes, where it is not the default. Of the
-# compiled kernels' instruction bundles, forward: 512 keys reach 98k flop per
-# bundle on v5e and v5p, more give nothing; on v6e 512 give 143k, 1024 167k.
-_BLOCKS = {
-  ("TPU v6 lite", 128): TpuBlocks(kv=1024),
-  ("TPU7x", 128): TpuBlocks(kv=1024),
-}
 # Queries times their heads in a block; more only makes programs longer.
 _ROWS = 2048
 
@@ -70,7 +53,7 @@ def choose_blocks(
   G, T, H = q.shape[2:]
   if blocks is None:
     width = -(-H // LANES) * LANES
-    blocks = _BLOCKS.get((_device_kind(), width), TpuBlocks())
+    blocks = look_up(tables.TPU, width, TpuBlocks())
     # Products of fp32 take several of bf16, and their blocks more memory.
     narrow = q.dtype.itemsize // 2
     most = max(_ROWS // narrow // G, LANES)
@@ -89,12 +72,6 @@ def choose_blocks(
     _divisor(T, blocks.q_bwd),
     _divisor(S if dk is None else math.gcd(S, dk.shape[3]), blocks.kv_bwd),
   )
-
-
-def _device_kind() -> str:
-  """Of the mesh that the program is made for, or of the default device."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return (device or jax.devices()[0]).device_kind
 
 
 def _divisor(length: int, most: int) -> int:
@@ -215,7 +192,7 @@ class Work(NamedTuple):
     X = q.shape[0] * q.shape[1]
     length = _max_words(mask, grid)
     live = live_blocks(mask, grid)
-    full = _full_blocks(Visible.of(mask, grid.T, grid.S), grid)
+    full = full_blocks(mask, grid)
     if mask.block_table is not None:
       chosen = mask.table_blocks(grid.S)
       chosen = jnp.repeat(chosen, mask.q_block // grid.bq, axis=2)
@@ -268,26 +245,3 @@ def _sorted_words(
   end = jnp.take_along_axis(words, count[:, None] - 1, axis=1)
   inside = jnp.arange(length)[None] < count[:, None]
   return jnp.where(inside, words, end >> COLUMN << COLUMN), count
-
-
-def _full_blocks(visible: Visible, grid: Grid) -> Bool[Array, "#B I J"]:
-  """Which pairs of blocks are visible throughout, so that no mask is needed."""
-
-  def ends(a: Array, size: int) -> tuple[Array, Array]:
-    a = a.reshape(len(a), -1, size)
-    return a.min(2), a.max(2)
-
-  k_first = (jnp.arange(grid.num_kv()) * grid.bk)[None, None]
-  k_last = k_first + grid.bk - 1
-  full = jnp.ones((1, grid.num_q(), grid.num_kv()), bool)
-  if visible.near is not None:
-    full &= ends(visible.near, grid.bq)[1][:, :, None] <= k_first
-  for upper in (visible.far, visible.last):
-    if upper is not None:
-      full &= k_last <= ends(upper, grid.bq)[0][:, :, None]
-  if visible.q_ids is not None and visible.k_ids is not None:
-    q_min, q_max = (a[:, :, None] for a in ends(visible.q_ids, grid.bq))
-    k_min, k_max = (a[:, None] for a in ends(visible.k_ids, grid.bk))
-    # A padding query has id -1, which no key has.
-    full = full & (q_min == k_min) & (q_max == k_max) & (q_min == q_max)
-  return full

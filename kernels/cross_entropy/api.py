@@ -7,12 +7,12 @@ import typing
 from types import ModuleType
 from typing import Literal, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxchunk.kernels.cross_entropy import reference, xla
+from jaxchunk.kernels.values import known_values
 
 Implementation: TypeAlias = Literal[
   "xla", "reference", "pallas_tpu", "pallas_gpu"
@@ -158,16 +158,11 @@ def linear_cross_entropy_with_grad(
 
 def _checked_labels(labels: Array, w: Array) -> Array:
   """Labels as an array; raises where they are known to be out of range."""
-  known = isinstance(labels, np.ndarray | np.generic | int | list | tuple) or (
-    isinstance(labels, jax.Array)
-    and not isinstance(labels, jax.core.Tracer)
-    and labels.is_fully_addressable
-  )
-  if known:
-    values = np.asarray(jax.device_get(labels))
-    vocab = np.shape(w)[0] if np.ndim(w) else 0
+  values = known_values(labels)
+  if values is not None and np.ndim(w) == 2:
+    vocab = np.shape(w)[0]
     wrong = np.argwhere((values < 0) | (values >= vocab))
-    if np.ndim(w) == 2 and len(wrong):
+    if len(wrong):
       index = tuple(int(i) for i in wrong[0])
       raise ValueError(
         f"labels must lie in [0, V={vocab}), got {values[index]} at {index} "

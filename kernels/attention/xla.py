@@ -96,6 +96,24 @@ def _cache_block(
   return lax.dynamic_slice(cache, _at(layer, start), (1, B, K, size, H))[0]
 
 
+def _read_cache(
+  k: Float[Array, "L B K S H"],
+  v: Float[Array, "L B K S H"],
+  layer: Any,
+  start: Any,
+  size: int,
+) -> tuple[Float[Array, "B K R H"], Float[Array, "B K R H"]]:
+  """A block of keys and of values.
+
+  On CPU a product of bf16 blocks is one of fp32: without the barrier XLA makes
+  all of the cache fp32, before the loop, and reads the blocks from that.
+  """
+  k, v, start = lax.optimization_barrier((k, v, start))
+  return _cache_block(k, layer, start, size), _cache_block(
+    v, layer, start, size
+  )
+
+
 def _at(layer: Any, start: Any) -> tuple[Array, ...]:
   return tuple(jnp.asarray(n, jnp.int32) for n in (layer, 0, 0, start, 0))
 
@@ -144,8 +162,7 @@ def flash_forward(
     q_i = lax.dynamic_slice_in_dim(q, grid.q_start(i), grid.bq, 3)
 
     def step(j: Any, masked: bool, carry: SoftmaxCarry) -> SoftmaxCarry:
-      k_j = _cache_block(k, layer, grid.kv_start(j), grid.bk)
-      v_j = _cache_block(v, layer, grid.kv_start(j), grid.bk)
+      k_j, v_j = _read_cache(k, v, layer, grid.kv_start(j), grid.bk)
       seen = visible.block(grid, i, j)[:, None, None] if masked else None
       return softmax_step(carry, q_i, k_j, v_j, seen, scale, softcap)
 
@@ -241,8 +258,7 @@ def flash_backward(
 
   def kv_step(n: Any, carry: tuple[Array, Array, Array]) -> Any:
     j = kv_listed[0, n]
-    k_j = _cache_block(k, layer, grid.kv_start(j), grid.bk)
-    v_j = _cache_block(v, layer, grid.kv_start(j), grid.bk)
+    k_j, v_j = _read_cache(k, v, layer, grid.kv_start(j), grid.bk)
 
     def q_step(i: Any, masked: bool, carry: tuple[Array, Array, Array]) -> Any:
       dq, dk_j, dv_j = carry

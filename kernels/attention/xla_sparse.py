@@ -168,7 +168,7 @@ def sparse_forward(
     def step(n: Any, carry: SoftmaxCarry) -> SoftmaxCarry:
       j = work.step(g, n)
       k_j, v_j = (
-        _gather(a, layer * len(heads) + x, j, grid.bk)[:, 0] for a in caches
+        _gather_keys(a, layer * len(heads) + x, j, grid.bk) for a in caches
       )
       seen = work.seen(x, i[:, None], j, by_key=False)[:, None]
       return softmax_step(carry, q_i, k_j, v_j, seen, scale, softcap)
@@ -223,7 +223,7 @@ def sparse_backward(
   def key_group(g: Any, carry: tuple[Array, Array, Array]) -> Any:
     x, j, steps = work.group(g)
     k_j, v_j = (
-      _gather(a, layer * X + x, j[:, None], grid.bk)[:, 0] for a in caches
+      _gather_keys(a, layer * X + x, j[:, None], grid.bk) for a in caches
     )
 
     def step(n: Any, carry: tuple[Array, Array, Array]) -> Any:
@@ -243,24 +243,44 @@ def sparse_backward(
     dk_j *= scale
 
     def add(w: Any, buffers: tuple[Array, Array]) -> tuple[Array, Array]:
-      at = _at(layer * X + x[w], j[w] * grid.bk - dkv_start, 0)
-      dk, dv = buffers
-      return _add(dk, dk_j[w][None], at), _add(dv, dv_j[w][None], at)
+      head = (x[w] // dk.shape[2], x[w] % dk.shape[2])
+      at = _at(layer, *head, j[w] * grid.bk - dkv_start, 0)
+      new_dk, new_dv = (
+        _add(a, of_block[w][None, None, None], at)
+        for a, of_block in zip(buffers, (dk_j, dv_j), strict=True)
+      )
+      return new_dk, new_dv
 
     return dq, *lax.fori_loop(0, work.rows_in(g), add, (dk, dv))
 
   dq = jnp.zeros(by_query[0].shape, wide)
-  start = (dq, *(a.reshape(-1, *a.shape[3:]) for a in (dk, dv)))
+  start = (dq, dk, dv)
   inputs = (q, k, v, mask, lse, delta, do, dk, dv, layer, dkv_start)
-  dq, dk_rows, dv_rows = lax.fori_loop(
+  dq, dk, dv = lax.fori_loop(
     0, work.groups(), key_group, vary_like(start, inputs)
   )
-  dq = dq.astype(q.dtype).reshape(q.shape)
-  return dq, dk_rows.reshape(dk.shape), dv_rows.reshape(dv.shape)
+  return dq.astype(q.dtype).reshape(q.shape), dk, dv
 
 
-def _cache(a: Float[Array, "L B K S H"]) -> Float[Array, "LX 1 S H"]:
-  return a.reshape(-1, 1, *a.shape[3:])
+def _cache(a: Float[Array, "L B K S H"]) -> Float[Array, "LX S H"]:
+  return a.reshape(-1, *a.shape[3:])
+
+
+def _gather_keys(
+  a: Float[Array, "LX S H"],
+  x: Int[Array, " W"],
+  blocks: Int[Array, "W R"],
+  size: int,
+) -> Float[Array, "W S2 H"]:
+  """As `_gather`, for a cache.
+
+  On CPU XLA would make all of a bf16 cache fp32 ahead of the loop (the
+  barrier), or in every step where there is an axis of one (the query heads').
+  """
+  a, blocks = lax.optimization_barrier((a, blocks))
+  whole = a.reshape(len(a), -1, size, a.shape[2])
+  found = whole.at[x[:, None], blocks].get(mode="clip")
+  return found.reshape(len(blocks), -1, a.shape[2])
 
 
 def _gather(

@@ -623,6 +623,29 @@ def test_temporaries_do_not_grow_with_the_scores():
     assert large - small <= growth
 
 
+@pytest.mark.parametrize("blocks", [None, 256], ids=["dense", "sparse"])
+def test_a_cache_in_bf16_is_not_copied_as_fp32(blocks):
+  array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  q, k = array((1, 1, 1, 512, 16)), array((32, 1, 1, 16384, 16))
+  lse = jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
+  wide = jax.ShapeDtypeStruct(k.shape, jnp.float32)
+
+  def passes(q, k, v, lse, dk, dv, table):
+    mask = AttentionMask.causal(8192)
+    if blocks is not None:
+      mask &= AttentionMask.blocks(table, q_block=blocks, kv_block=blocks)
+    o, _ = xla.flash_forward(q, k, v, mask, layer=3, scale=0.25)
+    options = {"layer": 3, "scale": 0.25}
+    return o, xla.flash_backward(q, k, v, mask, o, lse, q, dk, dv, **options)
+
+  table = jax.ShapeDtypeStruct((1, 1, 512 // (blocks or 512), 4), jnp.int32)
+  program = jax.jit(passes, donate_argnums=(4, 5))
+  compiled = program.lower(q, k, k, lse, wide, wide, table).compile()
+  cache = 2 * k.size * k.dtype.itemsize
+  # Instead: a few blocks of scores in fp32, 1 to 4 MB each.
+  assert compiled.memory_analysis().temp_size_in_bytes < cache
+
+
 @every_implementation
 def test_sink_logits_take_their_share(name):
   with jax.enable_x64(True):

@@ -1,0 +1,1 @@
+"""Inside the paged attention kernel for Hopper GPUs."""

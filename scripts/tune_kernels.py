@@ -26,7 +26,7 @@ _WIDTHS = flags.DEFINE_list("widths", ["64", "128", "256"], "H.")
 _QUERIES = flags.DEFINE_integer("queries", None, "T; by the device.")
 _PREFIX = flags.DEFINE_integer("prefix", 0, "Keys before the queries.")
 _HEADS = flags.DEFINE_integer("kv_heads", 4, "K.")
-_GROUP = flags.DEFINE_integer("group", 2, "G, query heads of a key head.")
+_GROUP = flags.DEFINE_integer("group", 1, "G, query heads of a key head.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns; the best counts.")
 _WRITE = flags.DEFINE_bool("write", False, "Write the table.")
 

@@ -69,8 +69,7 @@ def attention(
   """
   mask = AttentionMask() if mask is None else mask
   _check(q, k, v, mask)
-  if scale is None:
-    scale = q.shape[-1] ** -0.5
+  scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   if softcap is not None and not softcap > 0:
     raise ValueError(f"softcap must be positive, got {softcap}")
   o, lse = grouped_attention(

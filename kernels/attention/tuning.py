@@ -44,7 +44,7 @@ _CANDIDATES: dict[str, list[dict[str, tuple[int, ...]]]] = {
   "pallas_gpu": [
     {"kv": (64, 128, 256), "stages": (2, 3, 4)},
     {"kv_dq": (64, 128), "stages_dq": (1, 2, 3, 4)},
-    {"q_dkv": (64, 128), "stages_dkv": (1, 2, 3, 4)},
+    {"q_dkv": (64,), "stages_dkv": (1, 2, 3, 4)},
   ],
 }
 

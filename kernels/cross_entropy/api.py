@@ -168,7 +168,11 @@ def _checked_labels(labels: Array, w: Array) -> Array:
         f"labels must lie in [0, V={vocab}), got {values[index]} at {index} "
         f"({len(wrong)} such); give masked positions label 0 and weight 0"
       )
-  return jnp.asarray(labels)
+  labels = jnp.asarray(labels)
+  if jnp.issubdtype(labels.dtype, jnp.integer):
+    # V may not fit a narrower type: 256 is 0 in uint8.
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+  return labels
 
 
 def _check(x: Array, w: Array, labels: Array, softcap: float | None) -> None:

@@ -90,7 +90,7 @@ def paged_attention(
       f"N={q.shape[2]} heads"
     )
   forward = _forward(implementation)
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
   o, lse = _underivable(
     forward,
     window,
@@ -98,7 +98,7 @@ def paged_attention(
     softcap,
     grouped(q, pages.k.shape[1]),
     pages,
-    view,
+    jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), view),
     jnp.asarray(q_positions, jnp.int32),
     jnp.asarray(layer, jnp.int32),
   )
@@ -186,7 +186,11 @@ def _check(
     )
   if N % K:
     raise ValueError(f"q has N={N} heads, not a multiple of the pages' K={K}")
-  if view.table.ndim != 3 or view.table.shape[:2] != (B, K):
+  if (
+    view.table.ndim != 3
+    or view.table.shape[:2] != (B, K)
+    or (view.table.shape[2] == 0)
+  ):
     raise ValueError(
       f"the table has shape {view.table.shape}, not [batch, key heads, entries]"
       f" = {(B, K, 'M')}"

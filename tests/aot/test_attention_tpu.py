@@ -92,8 +92,11 @@ def check(compiled, form, H):
   return text.count('custom_call_target="tpu_custom_call"')
 
 
-@pytest.mark.parametrize("form", [PREFIX, DENSE], ids=["prefix", "dense"])
-@pytest.mark.parametrize("H", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+  ("form", "H"),
+  [*((PREFIX, H) for H in (64, 80, 96, 128, 256)), (DENSE, 64), (DENSE, 128)],
+  ids=lambda value: {PREFIX: "prefix", DENSE: "dense"}.get(value, str(value)),
+)
 @pytest.mark.parametrize("name", SLICES)
 def test_both_passes_compile_and_move_nothing(name, H, form):
   device = targets.tpu(name)[0]

@@ -457,6 +457,17 @@ def test_shard_map_with_grad_returns_each_devices_share():
     assert_close(got, want, 1e-12)
 
 
+@pytest.mark.fast
+def test_labels_of_a_narrow_type_that_cannot_hold_the_vocabulary():
+  x, w, labels = make((9,), 256, dtype=np.float32)
+  want = linear_cross_entropy(x, w, labels)
+  got = jax.jit(linear_cross_entropy)(x, w, labels.astype(jnp.uint8))
+  np.testing.assert_array_equal(got[0], want[0])
+  narrow = labels.astype(jnp.uint8)
+  dx = jax.grad(lambda x: linear_cross_entropy(x, w, narrow)[0].sum())(x)
+  assert np.isfinite(dx).all()
+
+
 @pytest.mark.parametrize("implementation", WITH_KERNELS)
 def test_labels_out_of_range(implementation):
   x, w, labels = make((9,), 101, dtype=np.float32)

@@ -553,6 +553,15 @@ def test_the_public_op(implementation, caplog):
   assert (only.shape, only.dtype) == (got[0].shape, got[0].dtype)
 
 
+def test_lengths_and_tables_of_unsigned_integers():
+  problem = draw(RAGGED)
+  view = jax.tree.map(lambda a: a.astype(jnp.uint32), problem.view)
+  got, want = (
+    compiled_public(p) for p in (problem._replace(view=view), problem)
+  )
+  np.testing.assert_array_equal(got, want)
+
+
 def test_a_derivative_is_refused():
   problem = draw([[5, 5]])
 

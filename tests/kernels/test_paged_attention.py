@@ -191,10 +191,7 @@ def truth(
 
 # Most of the suite's time would go to optimising programs that run once; the
 # public op, below, is compiled as it is for everybody.
-CHEAP = {
-  "xla_backend_optimization_level": 0,
-  "xla_cpu_use_fusion_emitters": False,
-}
+CHEAP = {"xla_backend_optimization_level": 0}
 
 
 def _attend(name, problem, layer, window, scale, softcap):

@@ -37,10 +37,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 INTERPRET = InterpretGPUParams(detect_races=True)
 LAYERS, LAYER = 2, 1
 # Each program runs once or twice.
-CHEAP = {
-  "xla_backend_optimization_level": 0,
-  "xla_cpu_use_fusion_emitters": False,
-}
+CHEAP = {"xla_backend_optimization_level": 0}
 
 
 class Case(NamedTuple):

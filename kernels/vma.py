@@ -1,14 +1,15 @@
 """Helpers for `jax.shard_map(..., check_vma=True)`.
 
 Inside a checked shard_map every value knows over which mesh axes it varies.
-Two things then need care, and both are silent errors with the check off:
+Three things then need care, and they are silent errors with the check off:
 
 - a loop carry made from nothing (`jnp.zeros`) does not vary, but what the loop
   puts into it does: `vary_like`;
+- what a kernel returns must say so itself: `output`;
 - a custom_vjp rule must return the cotangent of a replicated primal summed
   over the axes on which the replicas differ: `match_primal`.
 
-Outside a shard_map both return their argument.
+Outside a shard_map nothing varies, and values are returned as they are.
 """
 
 from typing import Any, TypeVar
@@ -44,6 +45,14 @@ def vary_like(value: Tree, *references: Any) -> Tree:
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
   return jax.tree.map(vary, value) if axes else value
+
+
+def output(
+  shape: tuple[int, ...], dtype: Any, like: jax.Array
+) -> jax.ShapeDtypeStruct:
+  """A kernel's output that varies over the mesh axes of `like`."""
+  axes = jax.typeof(like).manual_axis_type
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
 def match_primal(cotangent: Tree, primal: Any) -> Tree:

@@ -62,10 +62,10 @@ from jaxchunk.kernels.attention.hopper.problem import (
 from jaxchunk.kernels.attention.hopper.warps import (
   launch,
   like_all,
-  output,
 )
 from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.kernels.attention.softmax import LOWEST
+from jaxchunk.kernels.vma import output
 
 
 def gpu_forward(

@@ -47,7 +47,7 @@ from jaxchunk.kernels.attention.tpu.work import (
   choose_blocks,
   unsupported,
 )
-from jaxchunk.kernels.vma import vary_like
+from jaxchunk.kernels.vma import output, vary_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +211,7 @@ class _Call:
         out_specs=[spec for *_, spec in outputs],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
       ),
-      out_shape=[_result(shape, dtype, like) for shape, dtype, _ in outputs],
+      out_shape=[output(shape, dtype, like) for shape, dtype, _ in outputs],
       input_output_aliases={first + n: n for n in range(in_place)},
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary"),
@@ -253,13 +253,6 @@ class _Call:
       transcendentals=scores,
       bytes_accessed=fetched * form.width * itemsize,
     )
-
-
-def _result(
-  shape: tuple[int, ...], dtype: Any, like: Array
-) -> jax.ShapeDtypeStruct:
-  axes = jax.typeof(like).manual_axis_type
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
 def tpu_forward(

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxchunk.kernels.attention.softmax import LOWEST
 from jaxchunk.kernels.cross_entropy import passes
-from jaxchunk.kernels.cross_entropy.hopper_tiles import (
+from jaxchunk.kernels.cross_entropy.hopper.tiles import (
   DEPTH,
   EIGHT,
   TILE_ROWS,

@@ -35,7 +35,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from jaxchunk.kernels.cross_entropy import passes
-from jaxchunk.kernels.cross_entropy.tpu_bodies import (
+from jaxchunk.kernels.cross_entropy.tpu.bodies import (
   DEAD,
   FULL,
   LANES,
@@ -47,6 +47,7 @@ from jaxchunk.kernels.cross_entropy.tpu_bodies import (
   dx_kernel,
   forward_kernel,
 )
+from jaxchunk.kernels.vma import output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +350,6 @@ class _Call(NamedTuple):
     if old is not None:
       inputs.append((old, outputs[0][2]))
     arrays, in_specs = zip(*inputs, strict=True)
-    axes = jax.typeof(self.x).manual_axis_type
     passing = self.x if self.by_vocab else self.w
     traffic = self.form.grid[0] * passing.size * passing.dtype.itemsize
     return pl.pallas_call(
@@ -361,10 +361,7 @@ class _Call(NamedTuple):
         out_specs=[spec for *_, spec in outputs],
         scratch_shapes=scratch,
       ),
-      out_shape=[
-        jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
-        for shape, dtype, _ in outputs
-      ],
+      out_shape=[output(shape, dtype, self.x) for shape, dtype, _ in outputs],
       input_output_aliases={} if old is None else {len(inputs): 0},
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary"),

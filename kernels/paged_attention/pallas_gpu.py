@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxchunk.kernels.attention.hopper.problem import ROWS, WORKERS
-from jaxchunk.kernels.attention.hopper.warps import launch, like_all, output
+from jaxchunk.kernels.attention.hopper.warps import launch, like_all
 from jaxchunk.kernels.paged_attention.hopper.body import (
   PagedScratch,
   paged_body,
@@ -50,6 +50,7 @@ from jaxchunk.kernels.paged_attention.hopper.problem import (
   unsupported,
 )
 from jaxchunk.kernels.paged_attention.pages import KVPages, PageView
+from jaxchunk.kernels.vma import output
 
 
 def gpu_paged_forward(

@@ -11,10 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchunk import targets
 from jaxchunk.kernels.paged_attention.pages import KVPages, PageView
-from jaxchunk.kernels.paged_attention.pallas_tpu import (
-  tpu_paged_forward,
-  unsupported,
-)
+from jaxchunk.kernels.paged_attention.pallas_tpu import tpu_paged_forward
+from jaxchunk.kernels.paged_attention.tpu.work import unsupported
 
 SLICES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 array = jax.ShapeDtypeStruct

@@ -25,7 +25,7 @@ from jaxchunk.kernels.cross_entropy.api import (
   linear_cross_entropy,
   linear_cross_entropy_with_grad,
 )
-from jaxchunk.kernels.cross_entropy.tpu_bodies import Tile
+from jaxchunk.kernels.cross_entropy.tpu.bodies import Tile
 
 try:
   from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams

@@ -18,7 +18,7 @@ from jaxchunk.kernels.cross_entropy.api import (
   linear_cross_entropy,
   linear_cross_entropy_with_grad,
 )
-from jaxchunk.kernels.cross_entropy.hopper_tiles import Problem
+from jaxchunk.kernels.cross_entropy.hopper.tiles import Problem
 from jaxchunk.kernels.cross_entropy.pallas_gpu import GpuBlocks
 from tests.kernels.test_cross_entropy import (
   GPU,

@@ -19,7 +19,7 @@ from jaxchunk.kernels.cross_entropy.api import (
   linear_cross_entropy_with_grad,
 )
 from jaxchunk.kernels.cross_entropy.pallas_tpu import TpuBlocks
-from jaxchunk.kernels.cross_entropy.tpu_bodies import Tile
+from jaxchunk.kernels.cross_entropy.tpu.bodies import Tile
 from tests.kernels.test_cross_entropy import (
   TPU,
   assert_errs_at_most_twice_as_much,

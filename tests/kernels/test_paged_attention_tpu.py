@@ -11,13 +11,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from jaxchunk.kernels.attention.api import grouped, ungrouped
-from jaxchunk.kernels.paged_attention import pallas_tpu
 from jaxchunk.kernels.paged_attention.pages import KVPages, PageView
-from jaxchunk.kernels.paged_attention.pallas_tpu import (
-  TpuSteps,
-  tpu_paged_forward,
-  unsupported,
-)
+from jaxchunk.kernels.paged_attention.pallas_tpu import tpu_paged_forward
+from jaxchunk.kernels.paged_attention.tpu import work
+from jaxchunk.kernels.paged_attention.tpu.work import TpuSteps, unsupported
 from tests.kernels.test_paged_attention import (
   CHEAP,
   Problem,
@@ -111,7 +108,7 @@ def test_no_races_and_nothing_read_before_it_is_written(capfd):
 def test_only_pages_that_are_seen_are_read(window, ordered):
   lengths = np.asarray([[40, 13], [40, 0], [3, 40]], np.int32)
   position = np.asarray([[[-1, 20]], [[39, 37]], [[-1, -1]]], np.int32)
-  form = pallas_tpu._Form(
+  form = work.Form(
     heads=(2, 1),
     queries=2,
     blocks=1,
@@ -127,7 +124,7 @@ def test_only_pages_that_are_seen_are_read(window, ordered):
     dtype=jnp.float32,
   )
   view = PageView(jnp.zeros((3, 2, 10), jnp.int32), jnp.asarray(lengths))
-  words = pallas_tpu._words(form, view, jnp.asarray(position), ordered)
+  words = work.row_words(form, view, jnp.asarray(position), ordered)
   words = np.asarray(words).reshape(-1, 6)
   # Behind the last row stands an empty one.
   assert (words[6] == 0).all()

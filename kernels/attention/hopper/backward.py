@@ -36,7 +36,6 @@ from jaxchunk.kernels.attention.hopper.warps import (
   fill_ring,
   launch,
   like_all,
-  output,
   report_blocks,
   spread,
   start_copies,
@@ -44,7 +43,7 @@ from jaxchunk.kernels.attention.hopper.warps import (
   worker_role,
 )
 from jaxchunk.kernels.attention.mask import AttentionMask
-from jaxchunk.kernels.vma import vary_like
+from jaxchunk.kernels.vma import output, vary_like
 
 
 def _pair(

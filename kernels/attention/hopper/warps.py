@@ -60,15 +60,6 @@ def launch(
   return results
 
 
-def output(
-  shape: tuple[int, ...], dtype: Any, like: Array
-) -> jax.ShapeDtypeStruct:
-  """An output that varies over the mesh axes of `like`."""
-  return jax.ShapeDtypeStruct(
-    shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type
-  )
-
-
 def dot(
   P: Problem,
   a: Ref,

@@ -22,12 +22,12 @@ from jaxchunk.kernels.attention.hopper.warps import (
   drain_ring,
   fill_ring,
   launch,
-  output,
   spread,
   start_copies,
   worker_role,
 )
 from jaxchunk.kernels.attention.softmax import LOWEST
+from jaxchunk.kernels.vma import output
 
 TILE_ROWS = ROWS * WORKERS
 # Columns of a step: 128 bytes, the widest that shared memory is swizzled by.

@@ -20,7 +20,7 @@ Parts:
     the growth of the resident memory (on a GPU of the allocator's) over the
     model with its optimizer, gradients included; beside them, for jaxchunk,
     what the compiler says.
-  curve: losses of 12 steps on short whole documents, in small chunks, so that
+  curve: losses of 8 steps on short whole documents, in small chunks, so that
     many are split; they must agree.
   longest: which doubling lengths fit into `--budget_mb` above the model with
     its optimizer: as run, and where a straight line through the two longest
@@ -30,9 +30,10 @@ GPU shapes have random weights, bf16, and loss and gradients without an update:
 AdamW's moments are kept out of the budget for all alike, which is the device's
 memory less the weights and 8 bytes a parameter.
 
-`--cache=FILE` keeps the runs; with `--seconds` the script stops early and goes
-on when called again. The package streambp asks for an old transformers: give
-its environment's interpreter by `--streambp_python`.
+`--cache=FILE` keeps the runs, of one machine and one version of the code; with
+`--seconds` the script stops early and goes on when called again. The package
+streambp asks for an old transformers: give its environment's interpreter by
+`--streambp_python`.
 
 Prints one JSON line, and a table on standard error. `--record` also writes it,
 with device and versions, into benchmarks/results/.
@@ -70,13 +71,21 @@ _PARTS = ("speed", "curve", "longest")
 _WANTED = flags.DEFINE_list("parts", list(_PARTS), "What to measure.")
 _SHAPES = flags.DEFINE_list("shapes", ["small"], "small; 1b and 8b on a GPU.")
 _ONLY = flags.DEFINE_list("only", [], "Contestants by part of the name.")
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "Turns.")
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "Turns.", 1)
 _STEPS = flags.DEFINE_integer("steps", 3, "Of the speed part.", 2)
-_LENGTH = flags.DEFINE_integer("length", 8192, "Tokens of speed's documents.")
-_CHUNK = flags.DEFINE_integer("chunk_size", 1024, "C, and all others' tiles.")
-_BUDGET = flags.DEFINE_integer("budget_mb", 192, "Of the longest part on CPU.")
-_SHORTEST = flags.DEFINE_integer("shortest", 2048, "Of the longest part.")
-_LONGEST = flags.DEFINE_integer("longest", 32_768, "To run; not to compile.")
+_LENGTH = flags.DEFINE_integer(
+  "length", 8192, "Tokens of speed's documents.", 1
+)
+_CHUNK = flags.DEFINE_integer(
+  "chunk_size", 1024, "C, and all others' tiles.", 1
+)
+_BUDGET = flags.DEFINE_integer(
+  "budget_mb", 192, "Of the longest part on CPU.", 1
+)
+_SHORTEST = flags.DEFINE_integer("shortest", 2048, "Of the longest part.", 1)
+_LONGEST = flags.DEFINE_integer(
+  "longest", 0, "To run; by default 32,768 on CPU and 4M on a GPU.", 0
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Which documents the curve has.")
 _CACHE = flags.DEFINE_string("cache", None, "A file that keeps the runs.")
 _SECONDS = flags.DEFINE_float("seconds", float("inf"), "Start no run later.")
@@ -109,8 +118,8 @@ _GPU = [
 ]
 
 # Steps and documents a step of the curve, and its chunk: documents have 1 to
-# 8 chunks.
-_CURVE_STEPS, _CURVE_DOCUMENTS, _CURVE_LENGTH, _CURVE_CHUNK = 12, 2, 1024, 128
+# 4 chunks.
+_CURVE_STEPS, _CURVE_DOCUMENTS, _CURVE_LENGTH, _CURVE_CHUNK = 8, 2, 1024, 256
 # Losses in fp32 differ by rounding, at first by 1e-6. AdamW divides gradients
 # by their own size, so those that are rounding alone (0 in exact arithmetic)
 # move weights by the whole learning rate, and curves drift apart: 1e-3 nats is
@@ -150,6 +159,29 @@ def documents(job: Job, texts: list[np.ndarray]) -> list[list[np.ndarray]]:
   return [picked[n::_CURVE_STEPS] for n in range(_CURVE_STEPS)]
 
 
+def read_cache(path: str) -> dict[str, dict[str, Any]]:
+  """Results by the job's key.
+
+  Raises:
+    ValueError: A line is none of this version's.
+  """
+  known = {}
+  with open(path) as file:
+    for number, line in enumerate(file, 1):
+      try:
+        entry = json.loads(line)
+        key = Job(**json.loads(entry["key"])).key
+        if key != entry["key"]:
+          raise ValueError("fields are missing")
+        known[key] = entry["result"]
+      except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+          f"{path}, line {number}, was not written by this version of the "
+          f"benchmark ({error}); name another file by --cache"
+        ) from error
+  return known
+
+
 class Runner:
   """Runs jobs that the cache does not have, and remembers all results."""
 
@@ -162,9 +194,7 @@ class Runner:
     self.texts: list[np.ndarray] = []
     self.known: dict[str, dict[str, Any]] = {}
     if _CACHE.value and os.path.exists(_CACHE.value):
-      with open(_CACHE.value) as file:
-        lines = [json.loads(line) for line in file]
-      self.known = {line["key"]: line["result"] for line in lines}
+      self.known = read_cache(_CACHE.value)
 
   def __call__(self, job: Job) -> dict[str, Any] | None:
     """The result; `None` if there is no time left for it."""
@@ -227,6 +257,8 @@ def base_job(shape: str, contestant: str, task: Task, length: int) -> Job:
     length=length,
     chunk_size=_CURVE_CHUNK if curve else _CHUNK.value,
     update=small,
+    steps=_STEPS.value if task == "speed" else 0,
+    seed=_SEED.value if curve else 0,
   )
 
 
@@ -271,10 +303,20 @@ def run_curve(runner: Runner, shape: str, names: list[str]) -> None:
 def run_longest(
   runner: Runner, shape: str, names: list[str], budget: int
 ) -> None:
-  """Doubling lengths, each contestant until it does not fit."""
+  """Doubling lengths, each contestant until it does not fit.
+
+  On a GPU jaxchunk's programs are only compiled: the allocator then takes what
+  the compiler says.
+  """
+  on_cpu = shape == "small" or _DRY.value
+  most_run = _LONGEST.value or (32_768 if on_cpu else _MOST)
   for name in names:
-    for task, most in (("longest", _LONGEST.value), ("compile", _MOST)):
-      if task == "compile" and not name.startswith("jaxchunk"):
+    ours = name.startswith("jaxchunk")
+    for task, most in (("longest", most_run), ("compile", _MOST)):
+      # On a GPU the compiler's account is all that counts.
+      if ours and task == "longest" and not on_cpu:
+        continue
+      if task == "compile" and not ours:
         continue
       length = _SHORTEST.value
       while length <= most:
@@ -342,6 +384,11 @@ def measure(runner: Runner, shape: str, names: list[str]) -> dict[str, Any]:
       job.contestant: result["losses"]
       for job, result in runs
       if job.task == "curve" and "losses" in result
+    },
+    "libraries": {
+      job.contestant: result["library"]
+      for job, result in runs
+      if "library" in result
     },
     "skipped": skipped,
   }

@@ -74,6 +74,8 @@ class Job:
     learning_rate: Of AdamW, without a schedule.
     threads: Of torch on CPU.
     policy: How those threads wait.
+    steps: Of the speed part.
+    seed: Which documents the curve has.
     turn: Counts repetitions.
   """
 
@@ -87,6 +89,8 @@ class Job:
   learning_rate: float = 1e-3
   threads: int = 0
   policy: str = "passive"
+  steps: int = 0
+  seed: int = 0
   turn: int = 0
 
   @property

@@ -368,6 +368,11 @@ def warm(
         moment.zero_()
 
 
+def library() -> str:
+  """What this interpreter has, which need not be the parent's."""
+  return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
 def synchronize() -> None:
   """Waits for a GPU, if there is one."""
   if torch.cuda.is_available():
@@ -410,4 +415,5 @@ def run(job: Job, folder: pathlib.Path) -> dict[str, Any]:
     "seconds": seconds,
     "peak_bytes": growth.grown,
     "device": name,
+    "library": library(),
   }

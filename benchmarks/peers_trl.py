@@ -16,6 +16,7 @@ from peers_torch import (
   adamw,
   build,
   device_of,
+  library,
   make_step,
   plain,
   synchronize,
@@ -135,4 +136,5 @@ def run(job: Job, folder: pathlib.Path) -> dict[str, Any]:
     "seconds": clock.seconds,
     "peak_bytes": growth.grown,
     "device": torch.cuda.get_device_name() if cuda else "cpu",
+    "library": library(),
   }

@@ -76,6 +76,7 @@ def run_contestant(
   arguments: Sequence[str],
   policy: str = "passive",
   python: str = sys.executable,
+  environment: Mapping[str, str] | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
   """Runs a contestant as a process of its own, which prints JSON lines.
 
@@ -83,6 +84,7 @@ def run_contestant(
     arguments: A script and its arguments.
     policy: How OpenMP's threads wait; fixed when a process starts.
     python: The interpreter.
+    environment: Further variables.
 
   Returns:
     The lines, and the exit code.
@@ -90,7 +92,8 @@ def run_contestant(
   out = subprocess.run(
     [python, *arguments],
     env=os.environ
-    | {"OMP_WAIT_POLICY": policy, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    | {"OMP_WAIT_POLICY": policy, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    | dict(environment or {}),
     stdout=subprocess.PIPE,
     text=True,
   )

@@ -24,7 +24,8 @@ Parts:
     many are split; they must agree.
   longest: which doubling lengths fit into `--budget_mb` above the model with
     its optimizer: as run, and where a straight line through the two longest
-    meets the budget; for jaxchunk also by the compiler alone.
+    meets the budget; for jaxchunk also by the compiler alone. The C library
+    gives freed memory back at once here.
 
 GPU shapes have random weights, bf16, and loss and gradients without an update:
 AdamW's moments are kept out of the budget for all alike, which is the device's
@@ -126,6 +127,13 @@ _CURVE_STEPS, _CURVE_DOCUMENTS, _CURVE_LENGTH, _CURVE_CHUNK = 8, 2, 1024, 256
 # far above that drift and far below what a wrong gradient, a lost document or
 # other hyperparameters do (0.01 and more, within these steps).
 _TOLERANCE = 1e-3
+# The C library gives freed blocks of 1 MiB and more back at once. By default it
+# may keep them: torch's resident memory was seen to be twice what it used. Only
+# where memory is all that counts, for page faults take time.
+_GIVE_BACK = {
+  "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+  "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+}
 # Compiling goes on to this length.
 _MOST = 1 << 22
 
@@ -237,6 +245,7 @@ class Runner:
       [str(script), fields, str(self.folder)],
       job.policy,
       _STREAMBP.value if job.contestant == _PACKAGE else sys.executable,
+      _GIVE_BACK if job.task == "longest" else None,
     )
     result = lines[-1] if lines else {"skipped": f"exit code {code}"}
     shown = {k: v for k, v in result.items() if k != "losses"}

@@ -24,7 +24,6 @@ import functools
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
+from common import record, report, rounded, run_contestant, torch_settings
 
 _FORMS = flags.DEFINE_list("forms", ["causal", "prefix", "sparse"], "Forms.")
 _DTYPES = flags.DEFINE_list("dtypes", [], "By default fp32 and bf16 on CPU.")
@@ -264,12 +264,7 @@ def contestants(platform: str) -> list[str]:
   """Names for a platform: for torch on CPU with threads and waiting policy."""
   if platform == "cpu":
     names = ["jaxchunk xla", "jax.nn xla"]
-    cores = len(os.sched_getaffinity(0))
-    names += [
-      f"torch sdpa {n} {policy}"
-      for n in sorted({1, cores})
-      for policy in ("passive", "active")
-    ]
+    names += [f"torch sdpa {n} {policy}" for n, policy in torch_settings()]
   else:
     names = [f"jaxchunk pallas_{platform}", "jaxchunk xla", "jax.nn xla"]
     names += ["jax.nn cudnn"] if platform == "gpu" else []
@@ -435,16 +430,11 @@ def measure(name: str, platform: str) -> list[dict[str, Any]]:
   """Runs a contestant's process."""
   policy = name.split()[-1] if name.startswith("torch sdpa ") else "passive"
   own = [f for f in sys.argv[1:] if not f.startswith("--record")]
-  out = subprocess.run(
-    [sys.executable, __file__, *own, f"--run={platform}:{name}"],
-    env=os.environ
-    | {"OMP_WAIT_POLICY": policy, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-    stdout=subprocess.PIPE,
-    text=True,
+  lines, code = run_contestant(
+    [__file__, *own, f"--run={platform}:{name}"], policy
   )
-  lines = [json.loads(s) for s in out.stdout.splitlines() if s[:1] == "{"]
-  if out.returncode:
-    lines.append({"case": "all", "skipped": f"exit code {out.returncode}"})
+  if code:
+    lines.append({"case": "all", "skipped": f"exit code {code}"})
   return lines
 
 
@@ -577,7 +567,6 @@ def main(_: list[str]) -> None:
   # The contestants' processes need the memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   import jax
-  from common import report, rounded
 
   platform, device = jax.default_backend(), jax.devices()[0].device_kind
   try:
@@ -623,36 +612,8 @@ def main(_: list[str]) -> None:
   right = "failed" not in errors and all(e <= 2 for e in errors.values())
   report("attention", **figures, ok=right)
   if _RECORD.value:
-    record(figures, seconds, platform, device)
-
-
-def record(
-  figures: dict[str, Any],
-  seconds: dict[str, dict[str, float]],
-  platform: str,
-  device: str,
-) -> None:
-  """Writes the figures, with versions, and the picture."""
-  import datetime
-  import importlib.metadata
-
-  folder = pathlib.Path(__file__).parent / "results"
-  folder.mkdir(exist_ok=True)
-  stem = f"attention_{device.lower().replace(' ', '_')}"
-  versions = {}
-  for package in ("jax", "torch", "tokamax"):
-    try:
-      versions[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      versions[package] = None
-  head = {
-    "device": device,
-    "date": datetime.date.today().isoformat(),
-    "versions": versions,
-  }
-  text = json.dumps(head | figures, indent=1)
-  (folder / f"{stem}.json").write_text(text + "\n")
-  draw_roofline(folder / f"{stem}.png", seconds, platform, device)
+    path = record("attention", figures, device, ("jax", "torch", "tokamax"))
+    draw_roofline(path.with_suffix(".png"), seconds, platform, device)
 
 
 if __name__ == "__main__":

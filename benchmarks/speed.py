@@ -14,9 +14,7 @@ counts. After the first turn only the best of torch's settings goes on.
 """
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import sysconfig
 import time
@@ -25,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
+from common import report, rounded, run_contestant, torch_settings
 
 _CASE = flags.DEFINE_enum("case", "8k", ["8k", "corpus"], "Which documents.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns.")
@@ -180,38 +179,30 @@ def worker(run: str) -> None:
 
 def measure(run: str) -> dict[str, float]:
   policy = run.split()[-1] if run.startswith("torch") else "passive"
-  out = subprocess.run(
+  lines, code = run_contestant(
     [
-      sys.executable,
       __file__,
       f"--run={run}",
       f"--case={_CASE.value}",
       f"--chunk_size={_CHUNK.value}",
       f"--tokens={_TOKENS.value}",
     ],
-    env=os.environ | {"OMP_WAIT_POLICY": policy},
-    capture_output=True,
-    text=True,
-    check=True,
+    policy,
   )
-  return json.loads(out.stdout.splitlines()[-1])
+  if code:
+    raise RuntimeError(f"{run} ended with exit code {code}")
+  return lines[-1]
 
 
 def main(_: list[str]) -> None:
   if _RUN.value:
     worker(_RUN.value)
     return
-  from common import report, rounded
-
   contestants = [_ONE, _ALL]
   if _CASE.value == "8k":
     # Of many lengths, whole rows would be a program for each.
     contestants.append(_WHOLE)
-  contestants += [
-    f"torch {threads} {policy}"
-    for threads in (1, 2)
-    for policy in ("passive", "active")
-  ]
+  contestants += [f"torch {n} {policy}" for n, policy in torch_settings()]
   speed = dict.fromkeys(contestants, 0.0)
   loss: dict[str, float] = {}
   for turn in range(_ROUNDS.value):

@@ -273,6 +273,8 @@ def warm_up(
       totals = lane_program(
         model, lane, num_chunks, totals, rng, options=options
       )
+  # What they needed is free again when this returns.
+  jax.block_until_ready(totals)
   return len(capacities)
 
 

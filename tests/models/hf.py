@@ -1,15 +1,12 @@
-"""Small random models of `transformers`, and their weights in ours."""
+"""Small random models of `transformers`, and what they answer."""
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from flax import nnx
 
 from jaxchunk.models.config import ModelConfig
-from jaxchunk.models.transformer import Transformer
 
 # The models are too small to gain from more, and tests share the cores.
 torch.set_num_threads(1)
@@ -22,27 +19,6 @@ _MODELS = {
   "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
   "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
   "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
-}
-
-_LLAMA_NORMS = {
-  "attention_norm": "input_layernorm",
-  "mlp_norm": "post_attention_layernorm",
-}
-_GEMMA2_NORMS = {
-  "attention_norm": "input_layernorm",
-  "attention_post_norm": "post_attention_layernorm",
-  "mlp_norm": "pre_feedforward_layernorm",
-  "mlp_post_norm": "post_feedforward_layernorm",
-}
-_QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-_LINEARS = {
-  "q": "self_attn.q_proj",
-  "k": "self_attn.k_proj",
-  "v": "self_attn.v_proj",
-  "o": "self_attn.o_proj",
-  "gate": "mlp.gate_proj",
-  "up": "mlp.up_proj",
-  "down": "mlp.down_proj",
 }
 
 
@@ -98,37 +74,3 @@ def loss_and_gradients(
   loss.backward()
   grads = {k: v.grad.numpy() for k, v in model.named_parameters()}
   return loss.item(), grads
-
-
-def convert(arrays: dict[str, np.ndarray], cfg: ModelConfig) -> Transformer:
-  """Our model with the arrays, weights or gradients, of transformers' one."""
-  left = dict(arrays)
-  ours = Transformer(cfg, rngs=nnx.Rngs(0))
-
-  def take(name: str) -> Any:
-    return jnp.asarray(left.pop(name))
-
-  ours.embed[...] = take("model.embed_tokens.weight")
-  ours.final_norm.scale[...] = take("model.norm.weight")
-  if ours.head is not None:
-    ours.head[...] = take("lm_head.weight")
-  norms = _GEMMA2_NORMS if cfg.post_norms else _LLAMA_NORMS
-  if cfg.qk_norm:
-    norms = norms | _QK_NORMS
-  period = len(ours.blocks)
-  for position, block in enumerate(ours.blocks):
-    layers = range(position, cfg.num_layers, period)
-
-    def stacked(name: str, layers: range = layers) -> Any:
-      return jnp.stack([take(f"model.layers.{i}.{name}") for i in layers])
-
-    for mine, theirs in norms.items():
-      getattr(block, mine).scale[...] = stacked(f"{theirs}.weight")
-    for mine, theirs in _LINEARS.items():
-      linear = getattr(block, mine)
-      linear.kernel[...] = stacked(f"{theirs}.weight").swapaxes(1, 2)
-      if linear.bias is not None:
-        linear.bias[...] = stacked(f"{theirs}.bias")
-  if left:
-    raise AssertionError(f"not converted: {sorted(left)}")
-  return ours

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxchunk.interop.hugging_face import from_hugging_face
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.families import (
   PRESETS,
@@ -167,7 +168,7 @@ def test_logits_are_those_of_transformers(name):
   family, cfg, fields = CASES[name]
   theirs = hf.random_model(family, cfg, **fields)
   want = hf.logits(theirs, _tokens(0))
-  ours = hf.convert(hf.weights(theirs), cfg)
+  ours = from_hugging_face(hf.weights(theirs), cfg)
   got = jax.jit(lambda model: model(_tokens(0)))(ours)
   error = np.abs(np.asarray(got) - want).max() / np.ptp(want)
   assert error <= _TOLERANCE
@@ -186,9 +187,9 @@ def test_gradients_are_those_of_transformers():
     picked = jnp.take_along_axis(scores, _tokens(1)[..., None], axis=-1)
     return -jnp.mean(picked)
 
-  loss, got = loss_and_gradients(hf.convert(hf.weights(theirs), cfg))
+  loss, got = loss_and_gradients(from_hugging_face(hf.weights(theirs), cfg))
   np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
-  want = hf.convert(grads, cfg)
+  want = from_hugging_face(grads, cfg)
   for (path, g), w in zip(
     jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
   ):

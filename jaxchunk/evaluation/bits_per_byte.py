@@ -138,11 +138,19 @@ def score_documents(
 
   Returns:
     The scores of each document.
+
+  Raises:
+    ValueError: A loss is not finite, or a document has changed.
   """
   scored = []
   for group in split_by_tokens(examples, batch_tokens):
     rows = token_nll(model, group, chunk_size=chunk_size)
     for example, nats in zip(group, rows, strict=True):
+      if not np.isfinite(nats).all():
+        name = corpus.source.name(example.document_id)
+        raise ValueError(
+          f"the model's loss on document {name} is not finite: it has diverged"
+        )
       sizes = token_bytes(corpus, example)
       scored.append(Scored(nats.astype(np.float64), sizes))
     progress(sum(map(len, group)))

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxchunk.data.corpus import Corpus, heldout_examples
 from jaxchunk.data.tokenizers import Ids, Tokenizer
-from jaxchunk.evaluation.text import encode_pair
+from jaxchunk.evaluation.text import begin_ids, encode_pair
 
 NEEDLE_TASKS = ("needle", "multi_needle")
 TASKS = (*NEEDLE_TASKS, "variable_tracking", "common_words", "frequent_words")
@@ -45,7 +45,7 @@ class Sample:
       without.
     text: The prompt.
     answer: What completes it.
-    prompt: Ids of the prompt, BOS first if the tokenizer has one.
+    prompt: Ids of the prompt, BOS first if the corpus's documents begin so.
     candidates: Ids of the answer, then of the others.
   """
 
@@ -148,6 +148,7 @@ def make_samples(
       raise ValueError(f"{name}={value} must be at least 1")
   if seed < 0:
     raise ValueError(f"seed={seed} must not be negative")
+  bos = haystack.corpus.config.bos
   place = [] if depth is None else [round(1e6 * depth)]
   for number in range(count):
     key = [seed, zlib.crc32(task.encode()), length, number, *place]
@@ -157,7 +158,7 @@ def make_samples(
       draft = _HIDDEN[task](rng, text, depth or 0.0)
     else:
       draft = _LISTS[task](rng, length)
-    yield _fill(draft, task, length, depth, tokenizer)
+    yield _fill(draft, task, length, depth, tokenizer, bos)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,12 +184,13 @@ def _fill(
   length: int,
   depth: float | None,
   tokenizer: Tokenizer,
+  bos: bool,
 ) -> Sample:
   """The sample with as much filling as fits; never more than `length`."""
 
   def sample(units: int) -> Sample:
     text = draft.render(units)
-    prompt, *rest = _encode(tokenizer, text, [draft.answer, *draft.others])
+    prompt, *rest = _encode(tokenizer, text, [draft.answer, *draft.others], bos)
     return Sample(task, length, depth, text, draft.answer, prompt, tuple(rest))
 
   empty = sample(0)
@@ -241,7 +243,7 @@ def _most_units(
 
 
 def _encode(
-  tokenizer: Tokenizer, text: str, answers: Sequence[str]
+  tokenizer: Tokenizer, text: str, answers: Sequence[str], bos: bool
 ) -> list[Ids]:
   """Ids of the prompt and of each answer behind it."""
   pairs = [encode_pair(tokenizer, text, f" {a}") for a in answers]
@@ -251,8 +253,7 @@ def _encode(
     pairs = [
       (p[:shared], np.concatenate([p[shared:], rest])) for p, rest in pairs
     ]
-  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  prompt = np.concatenate([np.asarray(bos, np.int32), pairs[0][0]])
+  prompt = np.concatenate([begin_ids(tokenizer, bos), pairs[0][0]])
   return [prompt, *(rest for _, rest in pairs)]
 
 

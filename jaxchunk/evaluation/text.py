@@ -27,3 +27,9 @@ def encode_pair(
   same = whole[:count] == alone[:count]
   shared = count if same.all() else int(np.argmin(same))
   return whole[:shared], whole[shared:]
+
+
+def begin_ids(tokenizer: Tokenizer, bos: bool) -> Ids:
+  """What stands before a text: the BOS token, if wanted and there is one."""
+  first = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
+  return np.asarray(first, np.int32)

@@ -1,18 +1,13 @@
 """A corpus of prose-like documents, a small model, and their configuration."""
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxchunk.data.config import DataConfig
 from jaxchunk.data.corpus import open_corpus
 from jaxchunk.models.config import ModelConfig
-from jaxchunk.models.transformer import Transformer
 from jaxchunk.training.config import Config, TrainConfig
+from tests.inference.conftest import random_model
 
 WORDS = ("def", "return", "chunk", "naïve", "日本", "🙂", "self", "of", "the")
 
@@ -61,23 +56,6 @@ def config(corpus_folder, tmp_path_factory) -> Config:
 @pytest.fixture(scope="session")
 def corpus(config):
   return open_corpus(config.data)
-
-
-@functools.cache
-def random_model(cfg):
-  """Far from its start, so that no two tokens are alike; filled on the host."""
-  rng = np.random.default_rng(0)
-
-  def fill(path, leaf):
-    values = rng.standard_normal(leaf.shape)
-    if "kernel" in jax.tree_util.keystr(path):
-      values *= leaf.shape[-2] ** -0.5
-    elif "scale" in jax.tree_util.keystr(path):
-      values = 1 + 0.3 * values
-    return jnp.asarray(values, leaf.dtype)
-
-  abstract = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
-  return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import numpy as np
 from jaxchunk.chunking.executor import token_scores
 from jaxchunk.data.tokenizers import Ids, Tokenizer
 from jaxchunk.evaluation.lengths import check_lengths
-from jaxchunk.evaluation.text import begin_ids, encode_pair
+from jaxchunk.evaluation.text import begin_ids, encode_pairs
 from jaxchunk.inference.generate import generate
 from jaxchunk.inference.sampling import Sampler
 from jaxchunk.inference.text import encode_prompt, stream_text
@@ -65,7 +65,7 @@ def loglikelihood(
   begin = begin_ids(tokenizer, bos)
   examples = []
   for context, continuation in pairs:
-    ids, rest = encode_pair(tokenizer, context, continuation)
+    [(ids, rest)] = encode_pairs(tokenizer, context, [continuation])
     examples.append(_example(np.concatenate([begin, ids]), rest, tokenizer))
   check_lengths(
     [len(e) + 1 for e in examples], model.cfg, extrapolate=extrapolate

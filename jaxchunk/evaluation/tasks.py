@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxchunk.data.corpus import Corpus, heldout_examples
 from jaxchunk.data.tokenizers import Ids, Tokenizer
-from jaxchunk.evaluation.text import begin_ids, encode_pair
+from jaxchunk.evaluation.text import begin_ids, encode_pairs
 
 NEEDLE_TASKS = ("needle", "multi_needle")
 TASKS = (*NEEDLE_TASKS, "variable_tracking", "common_words", "frequent_words")
@@ -246,7 +246,7 @@ def _encode(
   tokenizer: Tokenizer, text: str, answers: Sequence[str], bos: bool
 ) -> list[Ids]:
   """Ids of the prompt and of each answer behind it."""
-  pairs = [encode_pair(tokenizer, text, f" {a}") for a in answers]
+  pairs = encode_pairs(tokenizer, text, [f" {answer}" for answer in answers])
   if len({prompt.tobytes() for prompt, _ in pairs}) > 1:
     # A token joins text and answer: cut before it, in all of them.
     shared = min(len(prompt) for prompt, _ in pairs)

@@ -16,7 +16,7 @@ from jaxchunk.evaluation.tasks import (
   Haystack,
   make_samples,
 )
-from jaxchunk.evaluation.text import encode_pair
+from jaxchunk.evaluation.text import encode_pairs
 
 ASK_NEEDLE = re.compile(r"The special number of (\w+) is$")
 ASK_VARIABLE = re.compile(r"The value of VAR (\w+) is$")
@@ -68,7 +68,9 @@ def solve(task, text):
 def test_samples_fill_their_length_and_never_exceed_it(task, length, haystack):
   tokenizer = haystack.corpus.tokenizer
   for depth in (0.0, 0.3, 1.0):
-    for sample in samples_of(task, haystack, length=length, depth=depth):
+    for sample in samples_of(
+      task, haystack, length=length, depth=depth, count=2
+    ):
       assert length - 40 <= sample.tokens <= length
       assert sample.prompt[0] == tokenizer.bos_id
       for number, ids in enumerate(sample.candidates):
@@ -119,7 +121,7 @@ def test_who_guesses_scores_about_chance(task, config):
 @pytest.mark.fast
 @pytest.mark.parametrize("task", NEEDLE_TASKS)
 def test_a_needle_lies_at_its_depth(task, haystack):
-  for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
+  for depth in (0.0, 0.25, 1.0):
     for sample in samples_of(task, haystack, length=3000, depth=depth):
       needle = sample.text.index(f"{sample.answer}.")
       assert abs(needle / len(sample.text) - depth) < 0.1
@@ -191,7 +193,7 @@ def test_bad_arguments_are_named(case, corpus):
 def test_a_pair_is_cut_where_the_continuation_begins(haystack):
   tokenizer = haystack.corpus.tokenizer
   for context, rest in (("the self of", " chunk"), ("", "the"), ("the", "")):
-    ids, more = encode_pair(tokenizer, context, rest)
+    [(ids, more)] = encode_pairs(tokenizer, context, [rest])
     assert tokenizer.decode(ids) == context
     assert tokenizer.decode(more) == rest
 
@@ -205,7 +207,7 @@ def test_a_token_over_the_border_is_the_continuations():
     )
   )
   assert joined.encode("ab").tolist() == [259]
-  ids, rest = encode_pair(joined, "xa", "bc")
+  [(ids, rest)] = encode_pairs(joined, "xa", ["bc"])
   assert (joined.decode(ids), joined.decode(rest)) == ("x", "abc")
 
 

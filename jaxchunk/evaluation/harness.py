@@ -59,8 +59,12 @@ class JaxchunkLM(_model.LM):
     super().__init__()
     self._model, folder, _ = load_for_inference(workdir)
     self._tokenizer = load_tokenizer(folder)
-    self._sizes = {"chunk_size": chunk_size, "extrapolate": extrapolate}
-    self._batch_tokens, self._bos = batch_tokens, bos
+    self._batch_tokens = batch_tokens
+    self._options: dict[str, Any] = {
+      "chunk_size": chunk_size,
+      "bos": bos,
+      "extrapolate": extrapolate,
+    }
 
   @property
   def tokenizer_name(self) -> str:
@@ -79,9 +83,8 @@ class JaxchunkLM(_model.LM):
         self._tokenizer,
         pairs,
         batch_tokens=self._batch_tokens,
-        bos=self._bos,
         progress=bar.update,
-        **self._sizes,
+        **self._options,
       )
     for pair, result in zip(pairs, found, strict=True):
       self.cache_hook.add_partial("loglikelihood", pair, result)
@@ -98,9 +101,8 @@ class JaxchunkLM(_model.LM):
         self._tokenizer,
         [text for (text,) in texts],
         batch_tokens=self._batch_tokens,
-        bos=self._bos,
         progress=bar.update,
-        **self._sizes,
+        **self._options,
       )
     for text, result in zip(texts, found, strict=True):
       self.cache_hook.add_partial("loglikelihood_rolling", text, result)
@@ -112,7 +114,7 @@ class JaxchunkLM(_model.LM):
     """See `requests.generate_until`."""
     arguments = [request.args for request in requests]
     texts = requests_lib.generate_until(
-      self._model, self._tokenizer, arguments, bos=self._bos, **self._sizes
+      self._model, self._tokenizer, arguments, **self._options
     )
     found = []
     for pair, text in zip(

@@ -372,10 +372,10 @@ def _frequent_words(rng: np.random.Generator, length: int) -> _Draft:
   start = rng.permutation([0] * 6 + list(range(1 + _DISTRACTORS)))
   drawn = np.concatenate([start, draws])
   counts = np.cumsum(drawn[:, None] == np.arange(_FREQUENT_WORDS), axis=0)
-  leads = (counts[:, :1] > counts[:, 1:]).all(1)[len(start) - 1 :]
+  leads = counts[:, 0] > counts[:, 1:].max(1)
 
   def render(units: int) -> str:
-    while not leads[units]:
+    while not leads[len(start) + units - 1]:
       units -= 1
     entries = [words[n] for n in drawn[: len(start) + units]]
     return _list_of(entries, "frequent")

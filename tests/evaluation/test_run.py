@@ -22,7 +22,7 @@ from jaxchunk.training import checkpoint
 from jaxchunk.training.config import to_json
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
-QUICK = Settings(lengths=[700], depths=[0.5], samples=2)
+QUICK = Settings(lengths=[700], depths=[0.5], samples=1, chunk_size=512)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,9 @@ def test_everything_is_evaluated_and_written(workdir, tmp_path):
     "multi_needle.png",
     "tasks.png",
   }
-  again = evaluate(workdir, tmp_path / "again", QUICK, say=lines.append)
-  assert again.cells == found.cells
+  part = dataclasses.replace(QUICK, tasks=["bpb", "needle"])
+  again = evaluate(workdir, tmp_path / "again", part, say=lines.append)
+  assert again.cells == found.cells[:1]
   assert again.bits_per_byte == found.bits_per_byte
   (tmp_path / "needle.png").unlink()
   redraw(tmp_path)

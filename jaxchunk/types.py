@@ -174,6 +174,34 @@ class Batch:
     return examples
 
 
+def split_by_tokens(
+  examples: Sequence[Example], max_tokens: int
+) -> list[list[Example]]:
+  """Consecutive groups of sequences that are evaluated together.
+
+  Args:
+    examples: Sequences of any length.
+    max_tokens: Most tokens in a group; a longer sequence is a group alone.
+
+  Returns:
+    The groups, none empty; joined, they are the sequences in order.
+
+  Raises:
+    ValueError: `max_tokens` is less than 1.
+  """
+  if max_tokens < 1:
+    raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+  groups: list[list[Example]] = []
+  room = 0
+  for example in examples:
+    if not groups or len(example) > room:
+      groups.append([])
+      room = max_tokens
+    groups[-1].append(example)
+    room -= len(example)
+  return groups
+
+
 def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
   """Checks that every token, and every target with a weight, is in [0, V).
 

@@ -10,6 +10,7 @@ Peak memory is K * act(C) + KV + dKV. K = 0 is SeCO, K >= 1 ChunkFlow
 (arXiv 2503.02356).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxchunk.chunking.ops import Lane, Stage, chunk_nll, chunk_of
+from jaxchunk.chunking.ops import Chunk, Lane, Stage, chunk_nll, chunk_of
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.transformer import Transformer
 
@@ -146,20 +147,50 @@ def lane_nll(
   Returns:
     The nll in at least fp32, without weights.
   """
+  return lane_map(chunk_nll, stage, model, lane, num_chunks)
+
+
+def lane_map(
+  score: Callable[[Transformer, Chunk, Array], Any],
+  stage: Stage,
+  model: Transformer,
+  lane: Lane,
+  num_chunks: Int[Array, ""],
+) -> Any:
+  """`score` of every token of a lane, from the last layer; forward only.
+
+  Args:
+    score: Takes the model, a chunk and the last layer's output `[B,C,D]`, and
+      gives a pytree of `[B,C]`.
+    stage: What runs.
+    model: The parameters.
+    lane: Tokens; its length S is the capacity.
+    num_chunks: How many chunks are in use; the others give 0.
+
+  Returns:
+    The pytree, each leaf `[B,S]`.
+  """
   size = stage.chunk_size
   batch, length = lane.tokens.shape
   states = stage.init_states(model, batch, length)
-  wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
-  nll = jnp.zeros((batch, length), wide)
+
+  def first() -> Any:
+    x = jnp.zeros((batch, size, model.cfg.d_model), model.cfg.dtype)
+    here = chunk_of(model, lane, 0, size)
+    return score(model, here, vary_like(x, model, lane))
+
+  kinds = jax.eval_shape(first)
+  out = jax.tree.map(lambda a: jnp.zeros((batch, length), a.dtype), kinds)
 
   def body(i: Any, carry: Any) -> Any:
-    states, nll = carry
+    states, out = carry
     here = chunk_of(model, lane, i, size)
     x, states, _ = stage.forward(model, here, stage.save(states, i), None)
-    part = chunk_nll(model, here, x)
-    return states, jax.lax.dynamic_update_slice_in_dim(
-      nll, part.astype(wide), i * size, 1
-    )
 
-  carry = vary_like((states, nll), model, lane, num_chunks)
+    def put(whole: Array, part: Array) -> Array:
+      return lax.dynamic_update_slice_in_dim(whole, part, i * size, 1)
+
+    return states, jax.tree.map(put, out, score(model, here, x))
+
+  carry = vary_like((states, out), model, lane, num_chunks)
   return lax.fori_loop(0, num_chunks, body, carry)[1]

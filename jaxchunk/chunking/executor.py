@@ -1,7 +1,8 @@
 """Runs planned lanes through a few compiled programs and adds up their sums."""
 
 import functools
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,8 @@ from jaxchunk.chunking.ops import (
   Keep,
   Lane,
   Stage,
+  TokenScores,
+  chunk_scores,
   state_of,
   weighted_sum,
 )
@@ -186,6 +189,15 @@ def nll_program(
 
 
 @functools.partial(jax.jit, static_argnames=("options",))
+def scores_program(
+  model: Transformer, lane: Lane, num_chunks: Array, *, options: Options
+) -> TokenScores:
+  """Scores of every token of a lane."""
+  stage = options.stage(model.cfg)
+  return chunk_outer.lane_map(chunk_scores, stage, model, lane, num_chunks)
+
+
+@functools.partial(jax.jit, static_argnames=("options",))
 def loss_program(
   model: Transformer,
   lane: Lane,
@@ -316,18 +328,45 @@ def token_nll(
   Returns:
     Unweighted nll in at least fp32, on the host, in the order given.
   """
+  return _per_sequence(nll_program, model, examples, chunk_size)
+
+
+def token_scores(
+  model: Transformer, examples: Sequence[Example], *, chunk_size: int
+) -> list[TokenScores]:
+  """As `token_nll`, and whether each target is the likeliest token.
+
+  Args:
+    model: The model.
+    examples: Sequences of any length.
+    chunk_size: C, tokens per chunk.
+
+  Returns:
+    Scores `[T]` of every sequence, on the host, in the order given.
+  """
+  return _per_sequence(scores_program, model, examples, chunk_size)
+
+
+def _per_sequence(
+  program: Callable[..., Any],
+  model: Transformer,
+  examples: Sequence[Example],
+  chunk_size: int,
+) -> list[Any]:
+  """What a program gives for every token, cut into sequences."""
   options = make_options(model, chunk_size=chunk_size)
   plan, lanes = _plan_lanes(model, examples, options.chunk_size)
   running = [
-    nll_program(model, lane, num_chunks, options=options)
+    program(model, lane, num_chunks, options=options)
     for lane, num_chunks in place_lanes(model, lanes, plan)
   ]
-  nll: dict[int, np.ndarray] = {}
+  found: dict[int, Any] = {}
   for lane, out in zip(plan.lanes, running, strict=True):
-    row = np.asarray(out)[0]
+    rows = jax.tree.map(lambda a: np.asarray(a)[0], out)
     for sequence, offset in lane.sequences:
-      nll[sequence] = row[offset : offset + len(examples[sequence])]
-  return [nll[n] for n in range(len(examples))]
+      where = slice(offset, offset + len(examples[sequence]))
+      found[sequence] = jax.tree.map(operator.itemgetter(where), rows)
+  return [found[n] for n in range(len(examples))]
 
 
 def _plan_lanes(

@@ -9,7 +9,7 @@ in place.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -436,6 +436,43 @@ def chunk_nll(
     softcap=model.cfg.logit_softcap,
   )
   return nll
+
+
+class TokenScores(NamedTuple):
+  """What is known of each target of a sequence.
+
+  Attributes:
+    nll: Negative log-likelihood, in at least fp32, without weights.
+    greedy: Whether the target is the likeliest token.
+  """
+
+  nll: Any
+  greedy: Any
+
+
+# Rows of logits that exist at a time where the likeliest token is looked for.
+_LOGIT_ROWS = 128
+
+
+def chunk_scores(
+  model: Transformer, chunk: Chunk, x: Float[Array, "B C D"]
+) -> TokenScores:
+  """`chunk_nll`, and which targets greedy decoding would choose.
+
+  Memory: 128 rows of logits at a time.
+  """
+
+  def is_likeliest(row: tuple[Array, Array]) -> Array:
+    x_D, target = row
+    logits = model.logits(x_D[None, None])[0, 0]
+    return jnp.argmax(logits) == target
+
+  normed = model.final_norm(x)
+  rows = (normed.reshape(-1, x.shape[-1]), chunk.targets.reshape(-1))
+  greedy = lax.map(is_likeliest, rows, batch_size=_LOGIT_ROWS)
+  return TokenScores(
+    chunk_nll(model, chunk, x), greedy.reshape(chunk.targets.shape)
+  )
 
 
 def weighted_sum(

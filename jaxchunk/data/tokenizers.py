@@ -66,6 +66,14 @@ class Tokenizer(Protocol):
     """`encode` of several texts, on all cores where that is possible."""
     ...
 
+  def encode_with_bytes(self, text: str) -> tuple[Ids, Ids]:
+    """`encode`, and how many bytes of the text each token stands for.
+
+    The second sums to the bytes of the text as UTF-8, unless there is no
+    token at all.
+    """
+    ...
+
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of the ids; special and unknown ones leave nothing behind."""
     ...
@@ -92,6 +100,11 @@ class ByteTokenizer:
   def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
     """The bytes of each text."""
     return [self.encode(text) for text in texts]
+
+  def encode_with_bytes(self, text: str) -> tuple[Ids, Ids]:
+    """The bytes of the text, each of which is one."""
+    ids = self.encode(text)
+    return ids, np.ones_like(ids)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """The text of the bytes, with U+FFFD for what is not UTF-8."""
@@ -148,6 +161,25 @@ class JsonTokenizer:
       list(texts), add_special_tokens=False
     )
     return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+  def encode_with_bytes(self, text: str) -> tuple[Ids, Ids]:
+    """`encode`, and how many bytes of the text each token stands for.
+
+    Exact for byte-level tokenizers. For others a token has the bytes from
+    where the one before it ended to its own end, so that what normalisation
+    drops counts as the next token's, and behind the last token as its own.
+    """
+    encoding = self._backend.encode(text, add_special_tokens=False)
+    ids = np.asarray(encoding.ids, np.int32)
+    # One character of a byte-level token stands for one byte.
+    if "".join(encoding.tokens) == _byte_alphabet(text):
+      return ids, np.asarray([len(t) for t in encoding.tokens], np.int32)
+    sizes = [len(character.encode()) for character in text]
+    before = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    ends = np.asarray([end for _, end in encoding.offsets], np.int64)
+    ends = np.maximum.accumulate(ends)
+    ends[-1:] = len(text)
+    return ids, np.diff(before[ends], prepend=0).astype(np.int32)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of the ids; special and unknown ones leave nothing behind."""
@@ -285,6 +317,14 @@ def _from_files(path: Path, parse_special: bool) -> Tokenizer:
     pad=name("pad_token", _KNOWN_PAD),
     parse_special=parse_special,
   )
+
+
+def _byte_alphabet(text: str) -> str:
+  """The text's bytes in the printable alphabet of byte-level tokenizers."""
+  level = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  return "".join(part for part, _ in level.pre_tokenize_str(text))
 
 
 def _special_id(

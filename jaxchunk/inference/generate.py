@@ -257,25 +257,61 @@ def generate(
   """
   tokens = _check_tokens(model.cfg, np.asarray(prompt_ids)[None])
   capacity = cache_capacity(tokens.shape[1], max_new_tokens, chunk_size)
-  key = _key(model, seed)
+  key = make_key(model, seed)
 
   def stream() -> Iterator[int]:
     cache, logits = prefill(
       model, tokens, capacity=capacity, chunk_size=chunk_size
     )
-    token = _next_token(logits, key, cache.length, sampler=sampler)
-    for number in range(max_new_tokens):
-      ready = token
-      if number + 1 < max_new_tokens:
-        # Under way before the host waits for the token that it starts from.
-        cache, logits = decode_step(model, cache, ready)
-        token = _next_token(logits, key, cache.length, sampler=sampler)
-      value = int(jax.device_get(ready)[0])
-      if value == eos_id:
-        return
-      yield value
+    yield from decode(
+      model,
+      cache,
+      logits,
+      max_new_tokens=max_new_tokens,
+      sampler=sampler,
+      key=key,
+      eos_id=eos_id,
+    )
 
   return stream()
+
+
+def decode(
+  model: Transformer,
+  cache: Cache,
+  logits: Float[Array, "1 V"],
+  *,
+  max_new_tokens: int,
+  sampler: Sampler = GREEDY,
+  key: PRNGKeyArray | None = None,
+  eos_id: int | None = None,
+) -> Iterator[int]:
+  """What `generate` does after prefill.
+
+  Args:
+    model: The model.
+    cache: Of one prompt, with room for the new tokens; it is used up.
+    logits: Behind the prompt's last token.
+    max_new_tokens: How many tokens at most.
+    sampler: How they are chosen; by default the likeliest.
+    key: Of the sampler; `None` is that of seed 0.
+    eos_id: Ends the text; it is not given back itself. `None` for no end.
+
+  Yields:
+    Token ids.
+  """
+  key = make_key(model, 0) if key is None else key
+  token = _next_token(logits, key, cache.length, sampler=sampler)
+  for number in range(max_new_tokens):
+    ready = token
+    if number + 1 < max_new_tokens:
+      # Under way before the host waits for the token that it starts from.
+      cache, logits = decode_step(model, cache, ready)
+      token = _next_token(logits, key, cache.length, sampler=sampler)
+    value = int(jax.device_get(ready)[0])
+    if value == eos_id:
+      return
+    yield value
 
 
 @functools.partial(jax.jit, static_argnames=("sampler",))
@@ -303,13 +339,18 @@ def warm_up(
   cache, logits = prefill(
     model, tokens, capacity=capacity, chunk_size=chunk_size
   )
-  key = _key(model, 0)
+  key = make_key(model, 0)
   token = _next_token(logits, key, cache.length, sampler=sampler)
   _, logits = decode_step(model, cache, token)
   jax.block_until_ready((token, logits))
 
 
-def _key(model: Transformer, seed: int) -> PRNGKeyArray:
+def make_key(model: Transformer, seed: int) -> PRNGKeyArray:
+  """A sampler's key, where the model is.
+
+  Raises:
+    ValueError: The seed is out of range.
+  """
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed={seed} must be at least 0 and below 2**32")
   return jax.device_put(jax.random.key(seed), data_sharding(model))

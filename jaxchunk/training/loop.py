@@ -29,7 +29,7 @@ from jaxchunk.training.config import Config
 from jaxchunk.training.metrics import CompileCounter, MetricsWriter
 from jaxchunk.training.run import Run, report_info, save, say, start
 from jaxchunk.training.runtime import Profiler, StopSignal
-from jaxchunk.types import Example
+from jaxchunk.types import split_by_tokens
 
 
 class NonFiniteError(RuntimeError):
@@ -286,14 +286,7 @@ def heldout_bits_per_byte(run: Run) -> float:
   can be compared between tokenizers.
   """
   model, size = run.model, run.config.train.chunk_size
-  groups: list[list[Example]] = [[]]
-  room = run.config.data.batch_tokens
-  for example in run.heldout:
-    if groups[-1] and len(example) > room:
-      groups.append([])
-      room = run.config.data.batch_tokens
-    groups[-1].append(example)
-    room -= len(example)
+  groups = split_by_tokens(run.heldout, run.config.data.batch_tokens)
   losses = [
     executor.loss_sum(model, group, chunk_size=size) for group in groups
   ]

@@ -27,6 +27,11 @@ def make_model(pattern=(5,), num_layers=2, **fields):
     local_rope=Rope(theta=1e2),
     **fields,
   )
+  return random_model(cfg)
+
+
+def random_model(cfg):
+  """Far from its start, so that no two tokens are alike."""
   rng = np.random.default_rng(0)
 
   def fill(path, leaf):

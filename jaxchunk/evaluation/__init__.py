@@ -1,0 +1,1 @@
+"""Held-out bits per byte, synthetic long-context tasks, and their pictures."""

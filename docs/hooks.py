@@ -49,12 +49,15 @@ _SINGLE = ("jaxchunk.types", "jaxchunk.targets", "jaxchunk.kernels.state")
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
   """Shows mkdocstrings the package, and puts its pages in the navigation.
 
-  The package's folders `kernels` and `sharding` are links, which are not
-  followed when a package is read; so it reads a copy without links.
+  The package's folders `kernels` and `sharding` are links without an
+  `__init__.py`, which are not followed when a package is read; so it reads a
+  copy in which they are plain packages.
   """
   handler = config.plugins["mkdocstrings"].config.handlers["python"]
   copy = pathlib.Path(_COPY.name) / "jaxchunk"
   shutil.copytree(_ROOT / "jaxchunk", copy, dirs_exist_ok=True)
+  for folder in ("kernels", "sharding"):
+    (copy / folder / "__init__.py").touch()
   handler["paths"] = [_COPY.name]
   names = [*_packages(), "more"]
   pages = [{_title(name): f"api/{name}.md"} for name in names]

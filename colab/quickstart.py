@@ -160,7 +160,7 @@ import numpy as np
 from jaxchunk.data.accounting import KEPT
 
 CHUNK = config.train.chunk_size
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
 def draw_lengths(axes):

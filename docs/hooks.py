@@ -129,8 +129,15 @@ def _package_page(name: str) -> str:
 
 def _page(title: str, modules: typing.Iterable[str]) -> str:
   parts = [f"# {title}"]
+  exports = importlib.import_module("jaxchunk")._EXPORTS
   for module in modules:
-    parts.append(f"## `{module}`\n\n::: {module}\n{_OPTIONS}")
+    public = [name for name, home in exports.items() if home == module]
+    filters = json.dumps(["!^_", *(f"!^{name}$" for name in public)])
+    parts.append(f"## `{module}`")
+    parts.append(f"::: {module}\n{_OPTIONS}\n      filters: {filters}")
+    if public:
+      names = ", ".join(f"[`{n}`](index.md#{module}.{n})" for n in public)
+      parts.append(f"Among the public names: {names}.")
   return "\n\n".join(parts)
 
 

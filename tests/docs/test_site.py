@@ -35,7 +35,7 @@ def test_every_field_has_its_meaning(hooks, kind):
   for field, line in zip(dataclasses.fields(kind), lines, strict=True):
     cells = line.strip("| ").split(" | ")
     assert cells[0] == f"`{field.name}`"
-    assert len(cells) == 4 and len(cells[3]) > 2, line
+    assert len(cells) == 4 and cells[3].strip(), line
 
 
 def test_without_results_the_page_says_so(hooks, tmp_path, monkeypatch):

@@ -19,6 +19,9 @@ from jaxchunk.training.workdir import write_errors
 
 FILE_NAME = "metrics.jsonl"
 DOCUMENTS_NAME = "documents.jsonl"
+# Generated modules, whose names no checker sees.
+_EVENT: Any = event_pb2
+_SUMMARY: Any = summary_pb2
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -115,7 +118,7 @@ class MetricsWriter:
     # and leaves the loop waiting for it for ever. Names have seconds, and a
     # file of the same name would be emptied.
     self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-    log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    log = _EVENT.SessionLog(status=_EVENT.SessionLog.START)
     self._add_event(step=last_step + 1, session_log=log)
 
   def write(
@@ -141,12 +144,12 @@ class MetricsWriter:
         self._documents.write({**line, "documents": list(documents)})
       self._metrics.write(values)
       self._add_event(
-        step=values["step"], summary=summary_pb2.Summary(value=scalars)
+        step=values["step"], summary=_SUMMARY.Summary(value=scalars)
       )
       self._events.flush()
 
   def _add_event(self, **fields: Any) -> None:
-    self._events.write_event(event_pb2.Event(wall_time=time.time(), **fields))
+    self._events.write_event(_EVENT.Event(wall_time=time.time(), **fields))
 
   def __enter__(self) -> Self:
     return self

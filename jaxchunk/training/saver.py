@@ -144,7 +144,8 @@ def to_host(tree: Any) -> Any:
   """
 
   def target(x: Array) -> jax.sharding.Sharding:
-    device = min(x.sharding.addressable_devices, key=lambda d: d.id)
+    devices: Any = x.sharding.addressable_devices
+    device = min(devices, key=lambda d: d.id)
     kinds = {memory.kind for memory in device.addressable_memories()}
     # Without host memory of its own a device keeps the copy itself.
     fits = [k for k in ("pinned_host", "unpinned_host") if k in kinds]
@@ -174,9 +175,10 @@ def _wait_for_copies(snapshot: Snapshot, gradients: Array | None) -> float:
   Never too few, and too many by the time to copy one array at most.
   """
   late: float | None = None
+  marker: Any = gradients
   for leaf in jax.tree.leaves(snapshot.arrays):
     before = time.perf_counter()
     leaf.block_until_ready()
-    if late is None and gradients is not None and gradients.is_ready():
+    if late is None and marker is not None and marker.is_ready():
       late = before
   return 0.0 if late is None else time.perf_counter() - late

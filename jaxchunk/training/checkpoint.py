@@ -1,4 +1,4 @@
-"""Checkpoints: saved in the background, atomic, checked when read.
+"""Checkpoints: atomic, checked when read; `saver` writes them.
 
 A step holds three items: `params` and `optimizer` (plain dictionaries of
 arrays) and `meta` (JSON: the place in the data, the configuration, and a
@@ -8,14 +8,15 @@ flipped bit reads back as another number without a word).
 
 import contextlib
 import dataclasses
+import functools
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
@@ -54,91 +55,104 @@ class Restored:
   meta: Mapping[str, Any]
 
 
-def prepare_workdir(workdir: Path) -> None:
-  """Makes the folder, and makes sure that one can write into it.
-
-  Raises:
-    CheckpointError: One cannot.
-  """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
-      pass
-  except OSError as error:
-    raise CheckpointError(
-      f"cannot write into --workdir={workdir} ({error.strerror}); name a "
-      "folder of yours on a disk with space"
-    ) from error
-
-
 @contextlib.contextmanager
 def open_manager(
   workdir: Path, options: CheckpointConfig
 ) -> Iterator[ocp.CheckpointManager]:
-  """The manager of a run's checkpoints; waits for them when left.
+  """The manager of a run's checkpoints, which saves before it returns.
+
+  `saver.Saver` calls it from a thread.
 
   Raises:
-    CheckpointError: The last checkpoint could not be written.
+    CheckpointError: The folder of the checkpoints cannot be made or read.
   """
   policies = ocp.checkpoint_managers
   keep: list[Any] = [policies.LatestN(options.keep_last)]
   if options.keep_every is not None:
     keep.append(policies.EveryNSteps(options.keep_every))
-  # Old checkpoints go only after a new one is complete.
-  manager = ocp.CheckpointManager(
-    (workdir / DIRECTORY).absolute(),
-    options=ocp.CheckpointManagerOptions(
-      preservation_policy=policies.AnyPreservationPolicy(keep),
-      cleanup_tmp_directories=True,
-      # Made in the background, a folder that cannot be made leaves Orbax's
-      # threads waiting for it for minutes, and the process with them.
-      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-    ),
+  folder = (workdir / DIRECTORY).absolute()
+  # Barriers of named processes go through their coordinator. Others are
+  # collectives of the devices, which a thread must not mix with training.
+  processes = jax.process_count()
+  together = ocp.options.MultiprocessingOptions(
+    active_processes=set(range(processes)) if processes > 1 else None
   )
+  arrays = functools.partial(
+    ocp.PyTreeCheckpointHandler,
+    # Compressed pieces would be a second copy of the state in memory, and
+    # trained weights hardly get smaller.
+    use_compression=False,
+    multiprocessing_options=together,
+  )
+  with _write_errors(workdir):
+    folder.mkdir(parents=True, exist_ok=True)
+    manager = ocp.CheckpointManager(
+      folder,
+      item_handlers={
+        "params": arrays(),
+        "optimizer": arrays(),
+        "meta": ocp.JsonCheckpointHandler(multiprocessing_options=together),
+      },
+      # Old checkpoints go only after a new one is complete.
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=False,
+        multiprocessing_options=together,
+        create=False,
+      ),
+    )
   try:
     yield manager
-    with _write_errors(workdir):
-      manager.wait_until_finished()
   finally:
     with contextlib.suppress(Exception):
       manager.close()
 
 
-def save(
+def with_checksums(
+  meta: Mapping[str, Any], arrays: Mapping[str, Any]
+) -> Mapping[str, Any]:
+  """Adds what only the devices of all processes know together: checksums.
+
+  One process alone sums the copies on its host instead, in `write`.
+  """
+  if jax.process_count() == 1:
+    return meta
+  return {**meta, "checksums": {n: checksums(t) for n, t in arrays.items()}}
+
+
+def write(
   manager: ocp.CheckpointManager,
   step: int,
   *,
-  params: Any,
-  optimizer: Any,
+  arrays: Mapping[str, Any],
   meta: Mapping[str, Any],
 ) -> None:
-  """Copies the arrays to the host and writes them in the background.
-
-  Returns as soon as the copies are made, so that the arrays may be donated.
+  """Writes a checkpoint; returns when it is complete.
 
   Args:
     manager: From `open_manager`.
-    step: Names the checkpoint; one that exists is left as it is.
-    params: A nested dictionary of arrays.
-    optimizer: A pytree of arrays.
+    step: Names the checkpoint.
+    arrays: `params`, a nested dictionary of arrays, and `optimizer`, a pytree
+      of arrays. In host memory they are not copied again.
     meta: JSON values to keep with them.
 
   Raises:
-    CheckpointError: An earlier checkpoint could not be written.
+    CheckpointError: It could not be written; earlier ones are untouched.
   """
-  if step in manager.all_steps():
-    return
-  sums = {
-    name: _named(jax.device_get(checksums(tree)))
-    for name, tree in (("params", params), ("optimizer", optimizer))
-  }
-  meta = {**meta, "format": _FORMAT, "step": step, "checksums": sums}
-  with _write_errors(Path(manager.directory).parent):
+  sums = meta.get("checksums") or jax.tree.map(host_checksum, dict(arrays))
+  named = {name: _named(jax.device_get(tree)) for name, tree in sums.items()}
+  meta = {**meta, "format": _FORMAT, "step": step, "checksums": named}
+  folder = Path(manager.directory)
+  with _write_errors(folder.parent):
+    if not folder.is_dir():
+      # Orbax would make it, and the ones above it, anew.
+      raise FileNotFoundError(f"{folder} was removed, moved or replaced")
     manager.save(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(params),
-        optimizer=ocp.args.StandardSave(optimizer),
+        params=ocp.args.PyTreeSave(arrays["params"]),
+        optimizer=ocp.args.PyTreeSave(arrays["optimizer"]),
         meta=ocp.args.JsonSave(meta),
       ),
       force=True,
@@ -237,7 +251,12 @@ def _read_arrays(
   targets = {"params": params}
   if optimizer is not None:
     targets["optimizer"] = optimizer
-  items = {n: ocp.args.StandardRestore(t) for n, t in targets.items()}
+  items = {
+    name: ocp.args.PyTreeRestore(
+      target, ocp.checkpoint_utils.construct_restore_args(target)
+    )
+    for name, target in targets.items()
+  }
   found: Any = manager.restore(step, args=ocp.args.Composite(**items))
   for name in targets:
     stored = meta["checksums"][name]
@@ -318,6 +337,21 @@ def checksums(tree: Any) -> Any:
     return jnp.sum(bits, dtype=jnp.uint32)
 
   return jax.tree.map(checksum, tree)
+
+
+def host_checksum(x: Array) -> int:
+  """The same sum for one array, computed on the host without a copy of it.
+
+  `x` must be wholly on devices of this process.
+  """
+  total = 0
+  for shard in x.addressable_shards:
+    if shard.replica_id == 0:
+      data = np.ascontiguousarray(np.asarray(shard.data)).reshape(-1)
+      width = min(data.dtype.itemsize, 4)
+      bits = data.view(f"uint{8 * width}")
+      total += int(np.sum(bits, dtype=np.uint32))
+  return total % 2**32
 
 
 def _named(tree: Any) -> dict[str, int]:

@@ -59,6 +59,8 @@ class TrainConfig:
       loss or gradient is not finite.
     eval_every: Steps between evaluations on held-out documents; 0 is never.
     eval_tokens: Most held-out tokens to evaluate on.
+    log_documents: Write the ids of each step's documents to
+      `documents.jsonl`.
   """
 
   num_steps: int = 1000
@@ -81,6 +83,7 @@ class TrainConfig:
   max_skipped_steps: int = 10
   eval_every: int = 100
   eval_tokens: int = 100_000
+  log_documents: bool = False
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -145,7 +148,8 @@ def _check_types(section: str, values: Any) -> None:
     names = [n for option in options_of(hint) for n in typing.get_args(option)]
     kinds = tuple(o for o in options_of(hint) if isinstance(o, type))
     kinds += (int,) if float in kinds else ()
-    fits = isinstance(value, kinds) and not isinstance(value, bool)
+    # A bool is an int, and is not meant as one.
+    fits = isinstance(value, kinds) and (type(value) is bool) == (bool in kinds)
     rule = " or ".join([*map(repr, names), *(kind.__name__ for kind in kinds)])
     _check(f"{section}.{name}", value, fits or value in names, rule)
 

@@ -1,7 +1,8 @@
 """The training loop: one update for each global batch.
 
 Dispatch stays ahead of the device: a step's metrics are fetched when the next
-step has been dispatched. Only evaluation, checkpoints and the end wait.
+step has been dispatched. Only evaluation and the end wait; checkpoints are
+copied and written beside the steps that follow (`saver`).
 """
 
 import contextlib
@@ -27,8 +28,10 @@ from jaxchunk.training import checkpoint, metrics, optimizer, report
 from jaxchunk.training import config as config_lib
 from jaxchunk.training.config import Config
 from jaxchunk.training.metrics import CompileCounter, MetricsWriter
-from jaxchunk.training.run import Run, report_info, save, say, start
+from jaxchunk.training.run import Run, begin_save, report_info, say, start
 from jaxchunk.training.runtime import Profiler, StopSignal
+from jaxchunk.training.saver import Saver
+from jaxchunk.training.workdir import open_workdir, write_errors
 from jaxchunk.types import split_by_tokens
 
 
@@ -38,12 +41,21 @@ class NonFiniteError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-  """A step that was dispatched and whose metrics were not fetched."""
+  """A step that was dispatched and whose metrics were not fetched.
+
+  Attributes:
+    step: Its number, from 1.
+    metrics: Scalars still on the device.
+    batch: What it trains on.
+    values: Metrics that the host knew.
+    gradients: Computed when the gradients are, and the update may begin.
+  """
 
   step: int
   metrics: optimizer.UpdateMetrics
   batch: GlobalBatch
   values: dict[str, Any]
+  gradients: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,41 +115,52 @@ def train(
   """
   config_lib.validate(config)
   workdir = Path(workdir).absolute()
-  checkpoint.prepare_workdir(workdir)
-  with (
-    StopSignal() as stop,
-    CompileCounter() as compiles,
-    checkpoint.open_manager(workdir, config.checkpoint) as manager,
-  ):
-    run = start(config, workdir, manager)
-    first = run.step
+  with open_workdir(workdir) as folder:
     with (
-      contextlib.closing(run.batches),
-      MetricsWriter(workdir, last_step=run.step) as writer,
-      Profiler(workdir / "profile", profile_steps) as profiler,
-      _progress_bar(run) as bar,
+      StopSignal() as stop,
+      CompileCounter() as compiles,
+      checkpoint.open_manager(workdir, config.checkpoint) as manager,
+      Saver(manager) as saver,
     ):
-      if run.step < config.train.num_steps:
-        _compile(run)
-      for values in steps(run, stop, profiler, compiles, manager):
-        writer.write(values)
-        _show(bar, values)
-        _check_finite(run, values)
-      save(run, manager)
-      total = Accounting.from_json(run.batches.get_state()["total"])
-  # Only now, with the checkpoint on disk: a signal may leave little time.
-  if run.step > first:
-    report.write_info(workdir, report_info(run, total))
-    report.draw(workdir)
-  lines = metrics.read(workdir)
+      run = start(config, workdir, manager)
+      first = run.step
+      with (
+        contextlib.closing(run.batches),
+        MetricsWriter(
+          workdir, last_step=first, documents=config.train.log_documents
+        ) as writer,
+        Profiler(workdir / "profile", profile_steps) as profiler,
+        _progress_bar(run) as bar,
+      ):
+        if run.step < config.train.num_steps:
+          _compile(run)
+        for values, documents in steps(run, stop, profiler, compiles, saver):
+          folder.check()
+          writer.write(values, documents)
+          _show(bar, values)
+          _check_finite(run, values)
+        begin_save(run, saver)
+        saver.commit()
+        saver.wait()
+        total = Accounting.from_json(run.batches.get_state()["total"])
+    # Only now, with the checkpoint on disk: a signal may leave little time.
+    if run.step > first:
+      with write_errors(workdir):
+        report.write_info(workdir, report_info(run, total))
+        report.draw(workdir)
+  return _result(run, total, stop.received)
+
+
+def _result(run: Run, total: Accounting, stopped_by: str | None) -> Result:
+  lines = metrics.read(run.workdir)
   name = "heldout_bits_per_byte"
   heldout = [line[name] for line in lines if line.get(name) is not None]
   return Result(
     step=run.step,
     accounting=total,
     heldout_bits_per_byte=heldout[-1] if heldout else None,
-    stopped_by=stop.received,
-    report=workdir / report.FILE_NAME,
+    stopped_by=stopped_by,
+    report=run.workdir / report.FILE_NAME,
   )
 
 
@@ -146,13 +169,20 @@ def steps(
   stop: StopSignal,
   profiler: Profiler,
   compiles: CompileCounter,
-  manager: Any,
-) -> Iterator[dict[str, Any]]:
-  """Trains to the end and yields the metrics of each step, one step late."""
+  saver: Saver,
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
+  """Trains to the end and yields what each step has to tell, one step late.
+
+  Yields:
+    The step's metrics, and the ids of the documents it trained on. When it
+    is asked for the next ones they must be on disk: a checkpoint that is due
+    goes to the thread only then.
+  """
   train, options = run.config.train, run.config.checkpoint
   pending: Pending | None = None
   run.clock = time.perf_counter()
   while run.step < train.num_steps and not stop.received:
+    saver.check()
     before = time.perf_counter()
     batch = next(run.batches, None)
     waited = time.perf_counter() - before
@@ -162,27 +192,34 @@ def steps(
     launched = launch(run, batch)
     launched.values.update(compiles=compiles.take(), input_wait=waited)
     if pending is not None:
-      yield finish(run, pending)
+      yield finish(run, pending, saver), ids_of(pending)
+      saver.commit(launched.gradients)
     pending = launched
+    if run.step % options.save_every == 0:
+      # Before the next step is dispatched, which donates what is copied.
+      begin_save(run, saver)
     due = run.step % max(train.eval_every, 1) == 0
     evaluates = train.eval_every and (due or run.step == train.num_steps)
-    saves = run.step % options.save_every == 0
-    if not (evaluates or saves or profiler.ends_with(run.step)):
+    if not (evaluates or profiler.ends_with(run.step)):
       continue
-    values = finish(run, pending)
-    pending = None
+    values = finish(run, pending, saver)
     if profiler.ends_with(run.step):
       profiler.stop()
     if evaluates and run.heldout:
       values["heldout_bits_per_byte"] = heldout_bits_per_byte(run)
       values["compiles"] += compiles.take()
-    # The line is written before the checkpoint that says it was.
-    yield values
-    if saves:
-      save(run, manager)
+    yield values, ids_of(pending)
+    saver.commit()
+    pending = None
     run.clock = time.perf_counter()
   if pending is not None:
-    yield finish(run, pending)
+    yield finish(run, pending, saver), ids_of(pending)
+    saver.commit()
+
+
+def ids_of(pending: Pending) -> list[int]:
+  """The ids of the documents of a step."""
+  return [example.document_id for example in pending.batch.examples]
 
 
 def _compile(run: Run) -> None:
@@ -229,7 +266,7 @@ def launch(run: Run, batch: GlobalBatch) -> Pending:
     "num_chunks": plan.num_chunks,
     "padding_fraction": plan.padding_fraction,
   }
-  return Pending(run.step, scalars, batch, values)
+  return Pending(run.step, scalars, batch, values, sums.loss)
 
 
 @jax.jit
@@ -241,7 +278,7 @@ def _longest(plan: ChunkPlan) -> int:
   return max(lane.num_chunks for lane in plan.lanes)
 
 
-def finish(run: Run, pending: Pending) -> dict[str, Any]:
+def finish(run: Run, pending: Pending, saver: Saver) -> dict[str, Any]:
   """Waits for a step and returns its line of metrics."""
   got = jax.device_get(pending.metrics)
   now = time.perf_counter()
@@ -263,6 +300,7 @@ def finish(run: Run, pending: Pending) -> dict[str, Any]:
     "learning_rate": float(got.learning_rate),
     "skipped": int(got.skipped),
     "skipped_in_a_row": int(got.skipped_in_a_row),
+    "save_stall": saver.take_stall(),
     **pending.values,
   }
 

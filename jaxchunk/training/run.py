@@ -30,6 +30,8 @@ from jaxchunk.training import checkpoint, optimizer, report, schedule
 from jaxchunk.training import config as config_lib
 from jaxchunk.training.checkpoint import CheckpointError, Restored
 from jaxchunk.training.config import Config, ConfigError
+from jaxchunk.training.saver import Saver
+from jaxchunk.training.workdir import write_errors
 from jaxchunk.types import Example
 
 
@@ -102,7 +104,8 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     params, state = jax.device_put((params, init(params)), device)
     step = 0
-    corpus.tokenizer.save(workdir / checkpoint.TOKENIZER)
+    with write_errors(workdir):
+      corpus.tokenizer.save(workdir / checkpoint.TOKENIZER)
   else:
     params, state, step = restored.params, restored.optimizer, restored.step
     try:
@@ -120,7 +123,8 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       f"(data.heldout_fraction={config.data.heldout_fraction})"
     )
   text = json.dumps(config_lib.to_json(config), indent=2)
-  (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
+  with write_errors(workdir):
+    (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
   return Run(
     config=config,
     workdir=workdir,
@@ -163,10 +167,9 @@ def _open(config: Config, workdir: Path, restored: Restored | None) -> Corpus:
   return corpus
 
 
-def save(run: Run, manager: Any) -> None:
-  """Starts to save the run as it is now; steps must have been finished."""
-  checkpoint.save(
-    manager,
+def begin_save(run: Run, saver: Saver) -> None:
+  """Starts to save the run as it is after the step dispatched last."""
+  saver.begin(
     run.step,
     params=run.params,
     optimizer=run.state,

@@ -40,11 +40,13 @@ def workdir(tmp_path_factory):
   with checkpoint.open_manager(folder, config.checkpoint) as manager:
     for step in (1, 2):
       head = np.roll(embed, step - 1, axis=0)
-      checkpoint.save(
+      checkpoint.write(
         manager,
         step,
-        params={**params, "head": jnp.asarray(head, jnp.float32)},
-        optimizer={"count": jnp.zeros((), jnp.int32)},
+        arrays={
+          "params": {**params, "head": jnp.asarray(head, jnp.float32)},
+          "optimizer": {"count": jnp.zeros((), jnp.int32)},
+        },
         meta={"config": to_json(config)},
       )
   ByteTokenizer().save(folder / checkpoint.TOKENIZER)

@@ -16,7 +16,13 @@ from jaxchunk.chunking.plan import chunk_plan
 from jaxchunk.training import checkpoint, loop, metrics, report
 from jaxchunk.training.config import ConfigError
 
-TIMES = ("seconds", "tokens_per_sec", "input_wait", "compiles")
+TIMES = (
+  "seconds",
+  "tokens_per_sec",
+  "input_wait",
+  "compiles",
+  "save_stall",
+)
 
 
 def lines_of(workdir):

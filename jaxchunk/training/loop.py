@@ -20,12 +20,14 @@ from jaxtyping import Array, PRNGKeyArray
 from tqdm import tqdm
 
 from jaxchunk.chunking import executor
+from jaxchunk.chunking.cost import plan_cost
 from jaxchunk.chunking.plan import ChunkPlan
 from jaxchunk.data.accounting import KEPT, Accounting
 from jaxchunk.data.pipeline import GlobalBatch
-from jaxchunk.training import checkpoint, metrics, optimizer, report
+from jaxchunk.training import checkpoint, info, metrics, optimizer, report
 from jaxchunk.training import config as config_lib
 from jaxchunk.training.config import Config
+from jaxchunk.training.meter import Meter, cost_metrics
 from jaxchunk.training.metrics import CompileCounter, MetricsWriter
 from jaxchunk.training.run import Run, report_info, save, say, start
 from jaxchunk.training.runtime import Profiler, StopSignal
@@ -55,7 +57,7 @@ class Result:
     accounting: Of all tokens read.
     heldout_bits_per_byte: Of the last evaluation; `None` if there was none.
     stopped_by: The signal that ended it, if one did.
-    report: The picture's path.
+    report: The path of the HTML page; pictures lie beside it.
   """
 
   step: int
@@ -101,6 +103,7 @@ def train(
     CheckpointError: Checkpoints cannot be read or written.
     NonFiniteError: The loss stayed not finite; the parameters are untouched.
   """
+  began = time.perf_counter()
   config_lib.validate(config)
   workdir = Path(workdir).absolute()
   checkpoint.prepare_workdir(workdir)
@@ -117,9 +120,16 @@ def train(
       Profiler(workdir / "profile", profile_steps) as profiler,
       _progress_bar(run) as bar,
     ):
+      meter = Meter(
+        began,
+        compiles,
+        device=jax.local_devices()[0],
+        dtype=config.model.dtype,
+      )
       if run.step < config.train.num_steps:
-        _compile(run)
+        meter.warm_up(lambda: _compile(run))
       for values in steps(run, stop, profiler, compiles, manager):
+        meter.complete(values)
         writer.write(values)
         _show(bar, values)
         _check_finite(run, values)
@@ -127,7 +137,7 @@ def train(
       total = Accounting.from_json(run.batches.get_state()["total"])
   # Only now, with the checkpoint on disk: a signal may leave little time.
   if run.step > first:
-    report.write_info(workdir, report_info(run, total))
+    info.write_info(workdir, report_info(run, total))
     report.draw(workdir)
   lines = metrics.read(workdir)
   name = "heldout_bits_per_byte"
@@ -137,7 +147,7 @@ def train(
     accounting=total,
     heldout_bits_per_byte=heldout[-1] if heldout else None,
     stopped_by=stop.received,
-    report=workdir / report.FILE_NAME,
+    report=workdir / report.HTML_NAME,
   )
 
 
@@ -160,7 +170,8 @@ def steps(
       break
     profiler.before(run.step + 1)
     launched = launch(run, batch)
-    launched.values.update(compiles=compiles.take(), input_wait=waited)
+    launched.values["input_wait"] = waited
+    compiles.add_to(launched.values)
     if pending is not None:
       yield finish(run, pending)
     pending = launched
@@ -174,8 +185,10 @@ def steps(
     if profiler.ends_with(run.step):
       profiler.stop()
     if evaluates and run.heldout:
+      before = time.perf_counter()
       values["heldout_bits_per_byte"] = heldout_bits_per_byte(run)
-      values["compiles"] += compiles.take()
+      waited = time.perf_counter() - before
+      values["eval_seconds"] = waited - compiles.add_to(values)
     # The line is written before the checkpoint that says it was.
     yield values
     if saves:
@@ -222,12 +235,19 @@ def launch(run: Run, batch: GlobalBatch) -> Pending:
   plan = sums.plan
   if run.busiest is None or _longest(plan) > _longest(run.busiest[1]):
     run.busiest = (run.step, plan)
+  cost = plan_cost(
+    run.config.model,
+    plan,
+    live_chunks=run.options.live_chunks,
+    strategy=run.options.strategy,
+  )
   values = {
     "epoch": batch.epoch,
     "documents": len(batch.examples),
     "longest": max(map(len, batch.examples)),
     "num_chunks": plan.num_chunks,
     "padding_fraction": plan.padding_fraction,
+    **cost_metrics(cost),
   }
   return Pending(run.step, scalars, batch, values)
 

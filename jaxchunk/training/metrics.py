@@ -1,9 +1,10 @@
 """`metrics.jsonl`, TensorBoard events, and the count of compilations."""
 
+import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,6 +13,28 @@ import jax
 from tensorboardX import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
+CLOCKED = frozenset(
+  {
+    "compile_seconds",
+    "compiled",
+    "compiles",
+    "eval_seconds",
+    "hfu",
+    "input_wait",
+    "mfu",
+    "peak_flops",
+    "peak_source",
+    "save_stall",
+    "seconds",
+    "startup_compiled",
+    "startup_seconds",
+    "tokens_per_sec",
+    "wall_seconds",
+    "warmup_seconds",
+  }
+)
+"""Metrics that equal runs do not share: they depend on clock and machine."""
+
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -62,6 +85,10 @@ class MetricsWriter:
     for name, value in values.items():
       if name != "step" and isinstance(value, int | float):
         self._events.add_scalar(name, value, values["step"])
+    for name in ("startup_compiled", "compiled"):
+      for program, seconds in values.get(name, []):
+        text = f"{program}: {seconds:.2f} s"
+        self._events.add_text(name, text, values["step"])
     self._events.flush()
 
   def __enter__(self) -> Self:
@@ -86,21 +113,57 @@ def _to_line(values: Mapping[str, Any]) -> str:
   return json.dumps(finite, allow_nan=False) + "\n"
 
 
+@dataclasses.dataclass(frozen=True)
+class CompileEvent:
+  """A program that XLA compiled, or fetched from its cache.
+
+  Attributes:
+    name: Of the function.
+    seconds: Lowering is not in it.
+  """
+
+  name: str
+  seconds: float
+
+
 class CompileCounter:
   """Counts the programs that XLA compiles while it is entered."""
 
   def __init__(self) -> None:
-    self._total = 0
-    self._taken = 0
+    self._events: list[CompileEvent] = []
 
   def take(self) -> int:
     """How many since the last call."""
-    fresh = self._total - self._taken
-    self._taken = self._total
-    return fresh
+    return len(self.take_events())
 
-  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-    self._total += event == _COMPILE_EVENT
+  def take_events(self) -> list[CompileEvent]:
+    """Those since the last call."""
+    events, self._events = self._events, []
+    return events
+
+  def add_to(self, values: dict[str, Any]) -> float:
+    """Adds those since the last call to the metrics of a step.
+
+    `compiles` is their number, `compile_seconds` their time, and `compiled`,
+    which is there if they are, lists `[name, seconds]`.
+
+    Returns:
+      The seconds added.
+    """
+    events = self.take_events()
+    values["compiles"] = values.get("compiles", 0) + len(events)
+    seconds = sum(event.seconds for event in events)
+    values["compile_seconds"] = values.get("compile_seconds", 0.0) + seconds
+    if events:
+      values.setdefault("compiled", []).extend(as_lists(events))
+    return seconds
+
+  def _listen(
+    self, event: str, duration_secs: float, **context: str | int
+  ) -> None:
+    if event == _COMPILE_EVENT:
+      name = str(context.get("fun_name", "unknown"))
+      self._events.append(CompileEvent(name, duration_secs))
 
   def __enter__(self) -> Self:
     jax.monitoring.register_event_duration_secs_listener(self._listen)
@@ -113,3 +176,8 @@ class CompileCounter:
     trace: TracebackType | None,
   ) -> None:
     jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+def as_lists(events: Iterable[CompileEvent]) -> list[list[str | float]]:
+  """Events as `metrics.jsonl` holds them: `[name, seconds]` each."""
+  return [[event.name, event.seconds] for event in events]

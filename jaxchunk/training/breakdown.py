@@ -71,56 +71,72 @@ PARTS = (
 )
 
 
-def step_parts(line: Mapping[str, Any]) -> dict[str, float]:
-  """The seconds of one line of the metrics, by the names of `PARTS`.
+def breakdown(lines: Lines) -> dict[str, float]:
+  """The seconds of some lines by the names of `PARTS`, empty ones left out.
 
-  Compute is what is left of the wall time when all else is taken off, at most
-  the step's `seconds`; FLOPs divide it. Where a line has no `wall_seconds` it
-  is taken to be the sum of what the line knows.
+  Compute is the steps' `seconds` without the waits in them; FLOPs divide it. A
+  wait belongs to the step that it was for, but falls into the time of the step
+  before, which is still running: over many lines this does not matter.
 
   Args:
-    line: Fields may be missing or `None`: they count 0.
+    lines: Of `metrics.jsonl`. Fields may be missing or `None`: they count 0.
   """
 
-  def get(name: str) -> float:
-    value = line.get(name)
-    if isinstance(value, int | float) and math.isfinite(value):
-      return max(float(value), 0.0)
-    return 0.0
+  def total(name: str) -> float:
+    return sum(_number(line, name) for line in lines)
 
   outside = {
-    "input wait": get("input_wait"),
-    "save stall": get("save_stall"),
-    "compile in steps": get("compile_seconds"),
-    "evaluation": get("eval_seconds"),
-    "start and warm-up": get("startup_seconds") + get("warmup_seconds"),
+    "save stall": total("save_stall"),
+    "evaluation": total("eval_seconds"),
+    "start and warm-up": total("startup_seconds") + total("warmup_seconds"),
   }
-  wall = get("wall_seconds") or sum(
-    get(name) for name in ("seconds", "save_stall", "eval_seconds")
+  inside = {
+    "input wait": total("input_wait"),
+    "compile in steps": total("compile_seconds"),
+  }
+  seconds = total("seconds")
+  known = seconds + sum(outside.values())
+  # Lines of older versions have no wall time.
+  wall = sum(
+    _number(line, "wall_seconds") or _number(line, "seconds") for line in lines
   )
-  left = max(wall - sum(outside.values()), 0.0)
-  compute = min(left, get("seconds"))
-  hardware = get("hardware_flops")
-  if hardware:
-    useful = compute * min(get("model_flops") / hardware, 1)
-    padding = min(compute * get("padding_flops") / hardware, compute - useful)
-    divided = {
-      "useful compute": useful,
-      "padding": padding,
-      "recomputation": compute - useful - padding,
-    }
-  else:
-    divided = {"undivided compute": compute}
-  return {**divided, **outside, "other": left - compute}
+  # Less than nothing is left where a part of `outside` was in `seconds`.
+  left = wall - known if total("wall_seconds") else 0.0
+  compute = max(seconds - sum(inside.values()) + min(left, 0.0), 0.0)
+  parts = {
+    **_divide(lines, compute),
+    **inside,
+    **outside,
+    "other": max(left, 0.0),
+  }
+  return {p.name: parts[p.name] for p in PARTS if parts.get(p.name)}
 
 
-def breakdown(lines: Lines) -> dict[str, float]:
-  """The seconds of all lines, in the order of `PARTS`, without empty parts."""
-  total = dict.fromkeys((part.name for part in PARTS), 0.0)
-  for line in lines:
-    for name, seconds in step_parts(line).items():
-      total[name] += seconds
-  return {name: seconds for name, seconds in total.items() if seconds > 0}
+def _number(line: Mapping[str, Any], name: str) -> float:
+  """A field, or 0 if it is missing, not a number, or less."""
+  value = line.get(name)
+  if isinstance(value, int | float) and math.isfinite(value):
+    return max(float(value), 0.0)
+  return 0.0
+
+
+def _divide(lines: Lines, compute: float) -> dict[str, float]:
+  """Compute by what it was for, in proportion to FLOPs."""
+  counted = [line for line in lines if _number(line, "hardware_flops")]
+  seconds, hardware, model, padding = (
+    sum(_number(line, name) for line in counted)
+    for name in ("seconds", "hardware_flops", "model_flops", "padding_flops")
+  )
+  whole = sum(_number(line, "seconds") for line in lines)
+  if not whole or not hardware:
+    return {"undivided compute": compute}
+  divided = compute * seconds / whole
+  return {
+    "useful compute": divided * model / hardware,
+    "padding": divided * padding / hardware,
+    "recomputation": divided * (hardware - model - padding) / hardware,
+    "undivided compute": compute - divided,
+  }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from jaxchunk.data.accounting import Accounting
 from jaxchunk.training.breakdown import (
   PARTS,
+  Compiled,
   Lines,
   breakdown,
   compile_events,
@@ -129,9 +130,9 @@ def _headlines(lines: Lines) -> str:
     ("input wait", share("input wait", "input_wait"), "of all seconds"),
     ("save stall", share("save stall", "save_stall"), "of all seconds"),
     (
-      "compiled in steps",
+      "compiled later",
       f"{len(later) or int(counted.sum()):,}" if len(counted) else _UNKNOWN,
-      f"programs, {duration(sum(event.seconds for event in later))}",
+      f"programs after the warm-up, {duration(_total(later))}",
     ),
   ]
   return (
@@ -238,26 +239,31 @@ def _svg(panel: Panel, prefix: str) -> str:
 
 def _compilations(lines: Lines) -> str:
   events = list(compile_events(lines))
-  head = ("step", "program", "seconds")
-  later = [
-    (e.step, e.name, f"{e.seconds:.2f}") for e in events if not e.expected
-  ]
-  before = [(e.step, e.name, f"{e.seconds:.2f}") for e in events if e.expected]
+  later = [event for event in events if not event.expected]
+  before = [event for event in events if event.expected]
   counted = int(series(lines, "compiles")[1].sum())
   if later:
-    text = _table(head, later)
+    text = _events(later)
   elif counted:
     text = f"<p>{counted:,} programs, whose names were not recorded.</p>\n"
   else:
     text = "<p>None after the warm-up.</p>\n"
   if before:
-    seconds = sum(event.seconds for event in events if event.expected)
     title = (
       f"{len(before):,} programs before the first step of a start, "
-      f"{duration(seconds)}"
+      f"{duration(_total(before))}"
     )
-    text += _folded(title, _table(head, before))
+    text += _folded(title, _events(before))
   return text
+
+
+def _events(events: Sequence[Compiled]) -> str:
+  rows = [(event.step, event.name, f"{event.seconds:.2f}") for event in events]
+  return _table(("step", "program", "seconds"), rows)
+
+
+def _total(events: Iterable[Compiled]) -> float:
+  return sum(event.seconds for event in events)
 
 
 def _tokens(accounting: Accounting) -> str:

@@ -161,6 +161,7 @@ def steps(
   """Trains to the end and yields the metrics of each step, one step late."""
   train, options = run.config.train, run.config.checkpoint
   pending: Pending | None = None
+  between: dict[str, Any] = {}
   run.clock = time.perf_counter()
   while run.step < train.num_steps and not stop.received:
     before = time.perf_counter()
@@ -170,8 +171,9 @@ def steps(
       break
     profiler.before(run.step + 1)
     launched = launch(run, batch)
-    launched.values["input_wait"] = waited
+    launched.values.update(between, input_wait=waited)
     compiles.add_to(launched.values)
+    between = {}
     if pending is not None:
       yield finish(run, pending)
     pending = launched
@@ -187,12 +189,14 @@ def steps(
     if evaluates and run.heldout:
       before = time.perf_counter()
       values["heldout_bits_per_byte"] = heldout_bits_per_byte(run)
-      waited = time.perf_counter() - before
-      values["eval_seconds"] = waited - compiles.add_to(values)
+      values["eval_seconds"] = time.perf_counter() - before
+      compiles.add_to(values, timed=False)
     # The line is written before the checkpoint that says it was.
     yield values
     if saves:
       save(run, manager)
+    # What saving compiled is told by the next line, but not timed as a step.
+    compiles.add_to(between, timed=False)
     run.clock = time.perf_counter()
   if pending is not None:
     yield finish(run, pending)

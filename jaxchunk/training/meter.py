@@ -8,7 +8,7 @@ Besides what the loop puts there:
   of the device's peak; evaluation and saving between steps do not count;
 - `wall_seconds`: since the line before, whatever was done in it;
 - `compiles`, `compile_seconds`, `compiled`, `eval_seconds`: put there by the
-  loop, the last without what evaluation compiled.
+  loop.
 
 The first line after a start or a resume also has `startup_seconds` (all before
 the warm-up), `warmup_seconds`, `startup_compiled` (in both), `peak_flops` and

@@ -141,22 +141,24 @@ class CompileCounter:
     events, self._events = self._events, []
     return events
 
-  def add_to(self, values: dict[str, Any]) -> float:
+  def add_to(self, values: dict[str, Any], *, timed: bool = True) -> None:
     """Adds those since the last call to the metrics of a step.
 
-    `compiles` is their number, `compile_seconds` their time, and `compiled`,
-    which is there if they are, lists `[name, seconds]`.
+    `compiles` is their number, and `compiled`, which is there if they are,
+    lists `[name, seconds]`.
 
-    Returns:
-      The seconds added.
+    Args:
+      values: The metrics.
+      timed: Whether they were compiled within the step's `seconds`; then
+        `compile_seconds` is how much of these.
     """
     events = self.take_events()
     values["compiles"] = values.get("compiles", 0) + len(events)
-    seconds = sum(event.seconds for event in events)
-    values["compile_seconds"] = values.get("compile_seconds", 0.0) + seconds
+    if timed:
+      spent = sum(event.seconds for event in events)
+      values["compile_seconds"] = values.get("compile_seconds", 0.0) + spent
     if events:
       values.setdefault("compiled", []).extend(as_lists(events))
-    return seconds
 
   def _listen(
     self, event: str, duration_secs: float, **context: str | int

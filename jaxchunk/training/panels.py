@@ -224,8 +224,8 @@ def draw_speed(axes: Axes, lines: Lines) -> None:
       zorder=3,
       label=f"compiled ({total} programs)",
     )
-    axes.legend(frameon=False, loc="lower right")
-  axes.set_ylim(0, None)
+    axes.legend(frameon=False, loc="upper right")
+  axes.set_ylim(0, _top(speed))
   axes.yaxis.set_major_formatter(EngFormatter(sep=""))
   axes.set_title("Speed", loc="left")
   axes.set_xlabel("step")
@@ -246,7 +246,7 @@ def draw_time(axes: Axes, lines: Lines) -> None:
   shown = [
     (part, values)
     for part, values in zip(PARTS, table.T, strict=True)
-    if part.name != "start and warm-up" and values.any()
+    if part.name != "start and warm-up" and values.sum() > table.sum() / 500
   ]
   if shown:
     axes.stackplot(
@@ -260,7 +260,7 @@ def draw_time(axes: Axes, lines: Lines) -> None:
   _legend_or_note(axes, above=True)
   mean = "" if group == 1 else f", mean of {group} steps"
   axes.set_ylim(0, None)
-  axes.set_title("Time of a step", loc="left", pad=34)
+  axes.set_title("Time of a step", loc="left", pad=8 + 13 * -(-len(shown) // 3))
   axes.set_xlabel("step")
   axes.set_ylabel(f"seconds{mean}")
   axes.grid(alpha=0.25)
@@ -291,7 +291,7 @@ def draw_utilization(axes: Axes, lines: Lines) -> None:
       label = f"{name.upper()} (median {np.median(values):.1%})"
       axes.plot(steps, values, color=colour, linewidth=0.9, label=label)
   _legend_or_note(axes)
-  axes.set_ylim(0, None)
+  axes.set_ylim(0, _top(series(lines, "hfu")[1]))
   axes.yaxis.set_major_formatter(PercentFormatter(1))
   axes.set_title("Utilization of the device", loc="left")
   axes.set_xlabel("step")
@@ -315,6 +315,15 @@ def draw_imbalance(axes: Axes, lines: Lines) -> None:
   axes.set_xlabel("step")
   axes.set_ylabel("costliest / mean")
   axes.grid(alpha=0.25)
+
+
+def _top(values: np.ndarray) -> float | None:
+  """Where an axis ends.
+
+  Steps are dispatched ahead, so one that was computed while the next one was
+  compiled looks many times as fast: such a step may leave the picture.
+  """
+  return 1.4 * float(np.quantile(values, 0.9)) or None if len(values) else None
 
 
 def _legend_or_note(axes: Axes, *, above: bool = False) -> None:

@@ -43,12 +43,11 @@ def report_figure(run: RunInfo, lines: Lines) -> Figure:
     lines: Those of `metrics.jsonl`.
   """
   shown = panels.panels_of(run, lines)
+  # The page has a bar of its own in its place.
+  seconds = Panel("seconds", lambda axes: panels.draw_breakdown(axes, lines))
   # Two by two; the wide ones have a row of their own, below.
-  narrow = [panel for panel in shown if not panel.wide]
-  wide = [
-    Panel("seconds", lambda axes: panels.draw_breakdown(axes, lines), True),
-    *(panel for panel in shown if panel.wide),
-  ]
+  narrow = [*(panel for panel in shown if not panel.wide), seconds]
+  wide = [panel for panel in shown if panel.wide]
   rows = -(-len(narrow) // 2) + len(wide)
   layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
   figure = Figure(figsize=(12, 3.5 * rows), dpi=110, layout=layout)

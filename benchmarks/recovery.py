@@ -43,10 +43,6 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the moments and the documents.")
 
 _DOCUMENTS = 60
 _SAVE_EVERY = 3
-# Depend on the clock, or on what a process has compiled before.
-_TIMES = frozenset(
-  {"seconds", "tokens_per_sec", "input_wait", "save_stall", "compiles"}
-)
 
 
 def make_config(folder: pathlib.Path, steps: int) -> Config:
@@ -237,7 +233,7 @@ def bits_of(workdir: pathlib.Path) -> list[dict[str, str]]:
     {
       name: value.hex() if isinstance(value, float) else str(value)
       for name, value in line.items()
-      if name not in _TIMES
+      if name not in metrics.CLOCKED
     }
     for line in metrics.read(workdir)
   ]

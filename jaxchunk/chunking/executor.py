@@ -211,8 +211,20 @@ def loss_program(
   return total + weighted_sum(lane.weights, nll)
 
 
-@functools.partial(jax.jit, static_argnames=("trainable",))
 def _zero_totals(
+  model: Transformer, *, trainable: Trainable
+) -> tuple[Array, list[Array]]:
+  """Where the model is, as a program's own totals are.
+
+  Left free to move, the first totals of a batch would have every program
+  compiled once more.
+  """
+  totals = _make_totals(model, trainable=trainable)
+  return jax.device_put(totals, data_sharding(model))
+
+
+@functools.partial(jax.jit, static_argnames=("trainable",))
+def _make_totals(
   model: Transformer, *, trainable: Trainable
 ) -> tuple[Array, list[Array]]:
   loss = jnp.zeros((), jnp.promote_types(model.cfg.dtype, jnp.float32))

@@ -20,6 +20,20 @@ from jaxchunk.chunking.ops import Lane, Stage, chunk_of, over_layers, put
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.transformer import Transformer, layer_of
 
+_BACK = ("F_keep", "B")
+
+
+def schedule(num_chunks: int, num_layers: int) -> list[tuple[str, int]]:
+  """The operations on a lane's chunks, as `chunk_outer.schedule` names them.
+
+  Each is one layer of one chunk: forward layer by layer; then layer by layer
+  from the last, each once more forward and backward over its chunks in
+  reverse.
+  """
+  forward = [("F_drop", i) for i in range(num_chunks)]
+  backward = [(op, i) for i in reversed(range(num_chunks)) for op in _BACK]
+  return forward * num_layers + backward * num_layers
+
 
 def lane_gradient(
   stage: Stage,

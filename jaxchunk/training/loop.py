@@ -21,12 +21,14 @@ from jaxtyping import Array, PRNGKeyArray
 from tqdm import tqdm
 
 from jaxchunk.chunking import executor
+from jaxchunk.chunking.cost import plan_cost
 from jaxchunk.chunking.plan import ChunkPlan
 from jaxchunk.data.accounting import KEPT, Accounting
 from jaxchunk.data.pipeline import GlobalBatch
-from jaxchunk.training import checkpoint, metrics, optimizer, report
+from jaxchunk.training import checkpoint, info, metrics, optimizer, report
 from jaxchunk.training import config as config_lib
 from jaxchunk.training.config import Config
+from jaxchunk.training.meter import Meter, cost_metrics
 from jaxchunk.training.metrics import CompileCounter, MetricsWriter
 from jaxchunk.training.run import Run, begin_save, report_info, say, start
 from jaxchunk.training.runtime import Profiler, StopSignal
@@ -67,7 +69,7 @@ class Result:
     accounting: Of all tokens read.
     heldout_bits_per_byte: Of the last evaluation; `None` if there was none.
     stopped_by: The signal that ended it, if one did.
-    report: The picture's path.
+    report: The path of the HTML page; pictures lie beside it.
   """
 
   step: int
@@ -113,6 +115,7 @@ def train(
     CheckpointError: Checkpoints cannot be read or written.
     NonFiniteError: The loss stayed not finite; the parameters are untouched.
   """
+  began = time.perf_counter()
   config_lib.validate(config)
   workdir = Path(workdir).absolute()
   with open_workdir(workdir) as folder:
@@ -132,9 +135,16 @@ def train(
         Profiler(workdir / "profile", profile_steps) as profiler,
         _progress_bar(run) as bar,
       ):
+        meter = Meter(
+          began,
+          compiles,
+          device=jax.local_devices()[0],
+          dtype=config.model.dtype,
+        )
         if run.step < config.train.num_steps:
-          _compile(run)
+          meter.warm_up(lambda: _compile(run))
         for values, documents in steps(run, stop, profiler, compiles, saver):
+          meter.complete(values)
           folder.check()
           writer.write(values, documents)
           _show(bar, values)
@@ -146,7 +156,7 @@ def train(
     # Only now, with the checkpoint on disk: a signal may leave little time.
     if run.step > first:
       with write_errors(workdir):
-        report.write_info(workdir, report_info(run, total))
+        info.write_info(workdir, report_info(run, total))
         report.draw(workdir)
   return _result(run, total, stop.received)
 
@@ -160,7 +170,7 @@ def _result(run: Run, total: Accounting, stopped_by: str | None) -> Result:
     accounting=total,
     heldout_bits_per_byte=heldout[-1] if heldout else None,
     stopped_by=stopped_by,
-    report=run.workdir / report.FILE_NAME,
+    report=run.workdir / report.HTML_NAME,
   )
 
 
@@ -180,6 +190,7 @@ def steps(
   """
   train, options = run.config.train, run.config.checkpoint
   pending: Pending | None = None
+  between: dict[str, Any] = {}
   run.clock = time.perf_counter()
   while run.step < train.num_steps and not stop.received:
     saver.check()
@@ -190,7 +201,9 @@ def steps(
       break
     profiler.before(run.step + 1)
     launched = launch(run, batch)
-    launched.values.update(compiles=compiles.take(), input_wait=waited)
+    launched.values.update(between, input_wait=waited)
+    compiles.add_to(launched.values)
+    between = {}
     if pending is not None:
       yield finish(run, pending, saver), ids_of(pending)
       saver.commit(launched.gradients)
@@ -206,11 +219,15 @@ def steps(
     if profiler.ends_with(run.step):
       profiler.stop()
     if evaluates and run.heldout:
+      before = time.perf_counter()
       values["heldout_bits_per_byte"] = heldout_bits_per_byte(run)
-      values["compiles"] += compiles.take()
+      values["eval_seconds"] = time.perf_counter() - before
+      compiles.add_to(values, timed=False)
     yield values, ids_of(pending)
     saver.commit()
     pending = None
+    # What saving compiled is told by the next line, but not timed as a step.
+    compiles.add_to(between, timed=False)
     run.clock = time.perf_counter()
   if pending is not None:
     yield finish(run, pending, saver), ids_of(pending)
@@ -259,12 +276,19 @@ def launch(run: Run, batch: GlobalBatch) -> Pending:
   plan = sums.plan
   if run.busiest is None or _longest(plan) > _longest(run.busiest[1]):
     run.busiest = (run.step, plan)
+  cost = plan_cost(
+    run.config.model,
+    plan,
+    live_chunks=run.options.live_chunks,
+    strategy=run.options.strategy,
+  )
   values = {
     "epoch": batch.epoch,
     "documents": len(batch.examples),
     "longest": max(map(len, batch.examples)),
     "num_chunks": plan.num_chunks,
     "padding_fraction": plan.padding_fraction,
+    **cost_metrics(cost),
   }
   return Pending(run.step, scalars, batch, values, sums.loss)
 

@@ -1,11 +1,12 @@
 """`metrics.jsonl`, TensorBoard events, and the count of compilations."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +23,28 @@ DOCUMENTS_NAME = "documents.jsonl"
 # Generated modules, whose names no checker sees.
 _EVENT: Any = event_pb2
 _SUMMARY: Any = summary_pb2
+CLOCKED = frozenset(
+  {
+    "compile_seconds",
+    "compiled",
+    "compiles",
+    "eval_seconds",
+    "hfu",
+    "input_wait",
+    "mfu",
+    "peak_flops",
+    "peak_source",
+    "save_stall",
+    "seconds",
+    "startup_compiled",
+    "startup_seconds",
+    "tokens_per_sec",
+    "wall_seconds",
+    "warmup_seconds",
+  }
+)
+"""Metrics that equal runs do not share: they depend on clock and machine."""
+
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -133,18 +156,22 @@ class MetricsWriter:
     Raises:
       CheckpointError: The disk is full, or the files are gone.
     """
-    scalars = [
+    summaries = [
       summary.scalar(name, value).value[0]
       for name, value in values.items()
       if name != "step" and isinstance(value, int | float)
     ]
+    for name in ("startup_compiled", "compiled"):
+      for program, seconds in values.get(name, []):
+        text = summary.text(name, f"{program}: {seconds:.2f} s")
+        summaries.append(text.value[0])
     with write_errors(self._workdir):
       if self._documents is not None:
         line = {"step": values["step"], "epoch": values["epoch"]}
         self._documents.write({**line, "documents": list(documents)})
       self._metrics.write(values)
       self._add_event(
-        step=values["step"], summary=_SUMMARY.Summary(value=scalars)
+        step=values["step"], summary=_SUMMARY.Summary(value=summaries)
       )
       self._events.flush()
 
@@ -177,21 +204,59 @@ def _to_line(values: Mapping[str, Any]) -> str:
   return json.dumps(finite, allow_nan=False) + "\n"
 
 
+@dataclasses.dataclass(frozen=True)
+class CompileEvent:
+  """A program that XLA compiled, or fetched from its cache.
+
+  Attributes:
+    name: Of the function.
+    seconds: Lowering is not in it.
+  """
+
+  name: str
+  seconds: float
+
+
 class CompileCounter:
   """Counts the programs that XLA compiles while it is entered."""
 
   def __init__(self) -> None:
-    self._total = 0
-    self._taken = 0
+    self._events: list[CompileEvent] = []
 
   def take(self) -> int:
     """How many since the last call."""
-    fresh = self._total - self._taken
-    self._taken = self._total
-    return fresh
+    return len(self.take_events())
 
-  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
-    self._total += event == _COMPILE_EVENT
+  def take_events(self) -> list[CompileEvent]:
+    """Those since the last call."""
+    events, self._events = self._events, []
+    return events
+
+  def add_to(self, values: dict[str, Any], *, timed: bool = True) -> None:
+    """Adds those since the last call to the metrics of a step.
+
+    `compiles` is their number, and `compiled`, which is there if they are,
+    lists `[name, seconds]`.
+
+    Args:
+      values: The metrics.
+      timed: Whether they were compiled within the step's `seconds`; then
+        `compile_seconds` is how much of these.
+    """
+    events = self.take_events()
+    values["compiles"] = values.get("compiles", 0) + len(events)
+    if timed:
+      spent = sum(event.seconds for event in events)
+      values["compile_seconds"] = values.get("compile_seconds", 0.0) + spent
+    if events:
+      values.setdefault("compiled", []).extend(as_lists(events))
+
+  def _listen(
+    self, event: str, duration_secs: float, **context: str | int
+  ) -> None:
+    if event == _COMPILE_EVENT:
+      name = str(context.get("fun_name", "unknown"))
+      self._events.append(CompileEvent(name, duration_secs))
 
   def __enter__(self) -> Self:
     jax.monitoring.register_event_duration_secs_listener(self._listen)
@@ -204,3 +269,8 @@ class CompileCounter:
     trace: TracebackType | None,
   ) -> None:
     jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+def as_lists(events: Iterable[CompileEvent]) -> list[list[str | float]]:
+  """Events as `metrics.jsonl` holds them: `[name, seconds]` each."""
+  return [[event.name, event.seconds] for event in events]

@@ -26,7 +26,7 @@ from jaxchunk.data.corpus import (
 from jaxchunk.data.pipeline import training_batches
 from jaxchunk.data.tokenizers import load_tokenizer
 from jaxchunk.models.transformer import Transformer
-from jaxchunk.training import checkpoint, optimizer, report, schedule
+from jaxchunk.training import checkpoint, info, optimizer, schedule
 from jaxchunk.training import config as config_lib
 from jaxchunk.training.checkpoint import CheckpointError, Restored
 from jaxchunk.training.config import Config, ConfigError
@@ -181,7 +181,7 @@ def begin_save(run: Run, saver: Saver) -> None:
   )
 
 
-def report_info(run: Run, total: Accounting) -> report.RunInfo:
+def report_info(run: Run, total: Accounting) -> info.RunInfo:
   """What the report shows besides the metrics."""
   cfg, train = run.config.model, run.config.train
   parameters = sum(x.size for x in jax.tree.leaves(run.params))
@@ -193,25 +193,22 @@ def report_info(run: Run, total: Accounting) -> report.RunInfo:
       f"Step {step}: {plan.num_chunks} chunks of {train.chunk_size:,} tokens "
       f"in {len(plan.lanes)} lane{'s' if len(plan.lanes) > 1 else ''}, "
       f"{strategy.replace('_', '-')}",
-      [lane.num_chunks for lane in plan.lanes],
+      plan,
       cfg=cfg,
-      chunk_size=train.chunk_size,
       live_chunks=train.live_chunks,
       strategy=strategy,
     )
-  return report.RunInfo(
+  return info.RunInfo(
     title=f"{run.workdir.name}: {parameters:,} parameters, step {run.step:,}",
     chunk_size=train.chunk_size,
-    lengths=report.document_lengths(
-      run.corpus.index.lengths, run.corpus.reasons
-    ),
+    lengths=info.document_lengths(run.corpus.index.lengths, run.corpus.reasons),
     accounting=total,
     schedule=picture,
     memory=_memory(run),
   )
 
 
-def _memory(run: Run) -> report.Memory:
+def _memory(run: Run) -> info.Memory:
   """Predicted memory up to the longest document of the corpus."""
   size = run.config.train.chunk_size
   longest = max(int(run.corpus.index.lengths.max()), 2 * size)
@@ -224,7 +221,7 @@ def _memory(run: Run) -> report.Memory:
     chunk_size=size,
     live_chunks=run.config.train.live_chunks,
   )
-  return report.Memory(lengths, ways)
+  return info.Memory(lengths, ways)
 
 
 def say(text: str) -> None:

@@ -1,8 +1,6 @@
 """Which chunk operations make a step, what they cost, and a picture of it."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, get_args
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,19 +10,23 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from jaxchunk.chunking import chunk_outer, layer_outer
+from jaxchunk.chunking.cost import (
+  attention_flops,
+  layer_flops_per_token,
+  plan_cost,
+  runs_layer_outer,
+)
 from jaxchunk.chunking.memory import Strategy
+from jaxchunk.chunking.plan import ChunkPlan
 from jaxchunk.models.config import ModelConfig
 
-Op = Literal["F_drop", "F_keep", "B"]
-
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-_STYLES: dict[Op, tuple[str, str]] = {
+_STYLES: dict[str, tuple[str, str]] = {
   "F_drop": ("#56B4E9", "forward, activations dropped"),
   "F_keep": ("#009E73", "forward, activations kept"),
   "B": ("#D55E00", "backward"),
 }
-_BACKWARD = 2.0
-"""Cost of a backward in forwards: two matrix products for each one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,76 +36,23 @@ class Schedule:
   Attributes:
     title: What is shown.
     lanes: Operations in the order in which they run, lane after lane.
-    slope: What each chunk of prefix adds to the cost of a chunk, whose cost
-      without a prefix is 1.
+    costs: Of each chunk of each lane, forward and backward; 1 is the forward
+      of a full chunk without a prefix.
     shares: Share of a chunk's cost that one operation of each lane is: 1, or
-      a layer's, 1 / L. `None` is 1 for all.
+      a layer's, 1 / L.
   """
 
   title: str
-  lanes: list[list[tuple[Op, int]]]
-  slope: float
-  shares: list[float] | None = None
-
-
-def lane_ops(num_chunks: int, live_chunks: int) -> list[tuple[Op, int]]:
-  """The order in which the chunks of one sequence run, chunk-outer.
-
-  Forward in ascending order, keeping the activations of the last
-  `live_chunks`; backward in descending order, running those that were
-  dropped forward again just before.
-  """
-  first_kept = max(num_chunks - live_chunks, 0)
-  ops: list[tuple[Op, int]] = [
-    ("F_drop" if i < first_kept else "F_keep", i) for i in range(num_chunks)
-  ]
-  for i in reversed(range(num_chunks)):
-    if i < first_kept:
-      ops.append(("F_keep", i))
-    ops.append(("B", i))
-  return ops
-
-
-def layer_outer_ops(num_chunks: int, num_layers: int) -> list[tuple[Op, int]]:
-  """The order layer-outer: each operation is one layer of one chunk.
-
-  Forward layer by layer; backward layer by layer from the last, each layer
-  once more forward and backward over its chunks from the last.
-  """
-  forward: list[tuple[Op, int]] = [("F_drop", i) for i in range(num_chunks)]
-  backward: list[tuple[Op, int]] = []
-  for i in reversed(range(num_chunks)):
-    backward += [("F_keep", i), ("B", i)]
-  return forward * num_layers + backward * num_layers
-
-
-def prefix_slope(cfg: ModelConfig, chunk_size: int) -> float:
-  """Cost of attending to one more chunk, as a share of a chunk's own cost.
-
-  Counts the multiplications of matrix products and attention, forward.
-  """
-  H, N, K, D = cfg.head_width, cfg.num_heads, cfg.kv_heads, cfg.d_model
-  matrices = cfg.num_layers * D * (2 * N * H + 2 * K * H + 3 * cfg.d_ff)
-  matrices += cfg.vocab_size * D
-  full = sum(
-    cfg.layers_of(n) for n, w in enumerate(cfg.window_pattern) if w is None
-  )
-  pair = 2 * N * H
-  windows = sum(
-    cfg.layers_of(n) * min(w, chunk_size)
-    for n, w in enumerate(cfg.window_pattern)
-    if w is not None
-  )
-  own = matrices + pair * (full * chunk_size / 2 + windows)
-  return pair * full * chunk_size / own
+  lanes: list[list[tuple[str, int]]]
+  costs: list[list[tuple[float, float]]]
+  shares: list[float]
 
 
 def of_plan(
   title: str,
-  lanes: Sequence[int],
+  plan: ChunkPlan,
   *,
   cfg: ModelConfig,
-  chunk_size: int,
   live_chunks: int,
   strategy: Strategy,
 ) -> Schedule:
@@ -111,23 +60,26 @@ def of_plan(
 
   Args:
     title: What is shown.
-    lanes: Number of chunks of each.
+    plan: Of the step.
     cfg: The model; its shape decides the costs.
-    chunk_size: C.
     live_chunks: K.
     strategy: As the executor takes it.
   """
-  slope = prefix_slope(cfg, chunk_size)
-  ops, shares = [], []
-  for chunks in lanes:
-    # As the executor: what fits into the live chunks runs nothing twice.
-    if strategy == "layer_outer" and chunks > max(live_chunks, 1):
-      ops.append(layer_outer_ops(chunks, cfg.num_layers))
+  chunks = plan_cost(
+    cfg, plan, live_chunks=live_chunks, strategy=strategy
+  ).chunks
+  size = plan.chunk_size
+  unit = size * layer_flops_per_token(cfg) + attention_flops(cfg, 0, size)
+  lanes, shares = [], []
+  for lane in chunks:
+    if runs_layer_outer(len(lane), strategy):
+      lanes.append(layer_outer.schedule(len(lane), cfg.num_layers))
       shares.append(1 / cfg.num_layers)
     else:
-      ops.append(lane_ops(chunks, live_chunks))
+      lanes.append(chunk_outer.schedule(len(lane), live_chunks))
       shares.append(1.0)
-  return Schedule(title, ops, slope, shares)
+  costs = [[(c.forward / unit, c.backward / unit) for c in x] for x in chunks]
+  return Schedule(title, lanes, costs, shares)
 
 
 def draw_schedule(axes: Axes, schedule: Schedule) -> None:
@@ -136,24 +88,24 @@ def draw_schedule(axes: Axes, schedule: Schedule) -> None:
   Raises:
     ValueError: An operation is unknown.
   """
-  boxes: dict[Op, list[np.ndarray]] = {op: [] for op in get_args(Op)}
+  boxes: dict[str, list[np.ndarray]] = {op: [] for op in _STYLES}
   borders, now = [0.0], 0.0
-  shares = schedule.shares or [1.0] * len(schedule.lanes)
-  for lane, share in zip(schedule.lanes, shares, strict=True):
+  parts = zip(schedule.lanes, schedule.costs, schedule.shares, strict=True)
+  for lane, costs, share in parts:
     for op, chunk in lane:
       if op not in boxes:
         raise ValueError(f"op={op!r} is not one of {list(boxes)}")
-      cost = share * (1 + schedule.slope * chunk)
-      cost *= _BACKWARD if op == "B" else 1
+      cost = share * costs[chunk][op == "B"]
       x, y = (now, now + cost), (chunk - 0.42, chunk + 0.42)
       corners = [(x[0], y[0]), (x[1], y[0]), (x[1], y[1]), (x[0], y[1])]
       boxes[op].append(np.asarray(corners))
       now += cost
     borders.append(now)
   for op, (colour, _) in _STYLES.items():
-    axes.add_collection(
-      PolyCollection(boxes[op], facecolors=colour, linewidths=0)
-    )
+    collection = PolyCollection(boxes[op], facecolors=colour, linewidths=0)
+    # As pixels also in a drawing of shapes: there may be thousands.
+    collection.set_rasterized(True)
+    axes.add_collection(collection)
   for border in borders[1:-1]:
     axes.axvline(border, color="0.8", linewidth=0.6, zorder=0)
   tallest = 1 + max((i for lane in schedule.lanes for _, i in lane), default=0)

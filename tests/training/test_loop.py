@@ -13,22 +13,14 @@ from flax import nnx
 from jaxchunk.chunking import executor
 from jaxchunk.chunking.executor import Sums
 from jaxchunk.chunking.plan import chunk_plan
-from jaxchunk.training import checkpoint, loop, metrics, report
+from jaxchunk.training import breakdown, checkpoint, loop, metrics, report
 from jaxchunk.training.config import ConfigError
-
-TIMES = (
-  "seconds",
-  "tokens_per_sec",
-  "input_wait",
-  "compiles",
-  "save_stall",
-)
 
 
 def lines_of(workdir):
   """The metrics without what depends on the clock."""
   return [
-    {name: value for name, value in line.items() if name not in TIMES}
+    {name: value for name, value in line.items() if name not in metrics.CLOCKED}
     for line in metrics.read(workdir)
   ]
 
@@ -117,6 +109,17 @@ def test_a_run_from_start_to_end(config, tmp_path, monkeypatch, draw, capsys):
     assert line["tokens_per_sec"] > 0
     assert 0 <= line["padding_fraction"] < 1
     assert line["skipped"] == 0
+    assert 0 < line["mfu"] < line["hfu"]
+    assert line["imbalance"] >= 1
+    parts = ("model_flops", "padding_flops")
+    assert line["hardware_flops"] > sum(line[name] for name in parts)
+  wall = sum(line["wall_seconds"] for line in lines)
+  assert sum(breakdown.breakdown(lines).values()) == pytest.approx(wall)
+  assert "lane_program" in str(lines[0]["startup_compiled"])
+  # Nothing but the update, the evaluation and what saving uses.
+  later = str([line.get("compiled") for line in lines])
+  assert "lane_program" not in later
+  assert "update" in later
   first_epoch = [line for line in lines if line["epoch"] == 0]
   assert 0 < len(first_epoch) < 8
   later = [s["compiles"] for s in lines if s["step"] > len(first_epoch) + 1]
@@ -127,7 +130,9 @@ def test_a_run_from_start_to_end(config, tmp_path, monkeypatch, draw, capsys):
   assert "Epoch 0: " in printed
   assert f"{trained:,} trained" in printed
   assert str(result.report) in printed
-  for name in (report.FILE_NAME, report.SCHEDULE_NAME, "config.json"):
+  assert result.report.name == report.HTML_NAME
+  names = (report.HTML_NAME, report.FILE_NAME, report.SCHEDULE_NAME)
+  for name in (*names, "config.json"):
     assert (tmp_path / "run" / name).exists()
 
 
@@ -142,6 +147,9 @@ def test_a_crash_and_a_resume_equal_a_whole_run(
   assert [s["step"] for s in lines_of(tmp_path / "run")][-1] >= 4
   assert loop.train(config, tmp_path / "run").step == 8
   assert_same_run(tmp_path / "run", whole)
+  lines = list(metrics.read(tmp_path / "run"))
+  starts = [s["step"] for s in lines if "startup_seconds" in s]
+  assert starts == [1, 4]
 
 
 def test_dropout_is_keyed_by_the_step(config, tmp_path, monkeypatch):

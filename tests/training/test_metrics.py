@@ -55,6 +55,14 @@ def test_tensorboard_events_are_written(tmp_path):
   assert b"loss" in events.read_bytes()
 
 
+def test_compilations_are_events_in_tensorboard(tmp_path):
+  with MetricsWriter(tmp_path, last_step=0) as writer:
+    writer.write({"step": 1, "mfu": 0.5, "compiled": [["jit(f)", 1.234]]})
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  assert b"jit(f): 1.23 s" in events.read_bytes()
+  assert b"mfu" in events.read_bytes()
+
+
 def test_compilations_are_counted():
   with CompileCounter() as counter:
     program = jax.jit(lambda x: x * 3 + 1)
@@ -66,3 +74,24 @@ def test_compilations_are_counted():
     assert counter.take() == 0
   jax.jit(lambda x: x * 5)(x).block_until_ready()
   assert counter.take() == 0
+
+
+def test_compilations_are_named_in_the_metrics_of_a_step():
+  def triple(x):
+    return x * 3 + 2
+
+  x = jnp.arange(18.0)
+  with CompileCounter() as counter:
+    values = {}
+    counter.add_to(values)
+    assert values == {"compiles": 0, "compile_seconds": 0}
+    jax.jit(triple)(x).block_until_ready()
+    counter.add_to(values)
+    ((name, seconds),) = values["compiled"]
+    assert "triple" in name
+    assert values["compiles"] == 1
+    assert 0 < values["compile_seconds"] == seconds
+    jax.jit(lambda x: x * 7)(x).block_until_ready()
+    counter.add_to(values, timed=False)
+  assert values["compiles"] == len(values["compiled"]) == 2
+  assert values["compile_seconds"] == seconds

@@ -29,7 +29,6 @@ pytestmark = pytest.mark.filterwarnings(
   "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 
-TIMES = {"seconds", "tokens_per_sec", "input_wait", "compiles", "save_stall"}
 
 # Trains, and dies where its last argument says: before a step is dispatched,
 # or in a save that has written its files and not got its name.
@@ -83,7 +82,7 @@ def config(make_config):
 
 def lines_of(folder):
   return [
-    {name: value for name, value in line.items() if name not in TIMES}
+    {name: value for name, value in line.items() if name not in metrics.CLOCKED}
     for line in metrics.read(folder)
   ]
 

@@ -1,0 +1,235 @@
+"""What chunks cost to compute, by formula: FLOPs of a step and their balance.
+
+A forward pass of a chunk of C tokens behind a prefix costs `a * C + b * pairs`
+FLOPs, where pairs counts the (query, key) pairs that its tokens may see: about
+`C * prefix` for a chunk of a long sequence. A product of `[m, k]` by `[k, n]`
+counts `2 * m * k * n`; norms, softmax and other element-wise work count
+nothing, embeddings are looked up, and within a block of attention the pairs
+that its mask hides are not counted either.
+
+Tests hold the formulas against the compiler's account of the same products.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import jax.numpy as jnp
+
+from jaxchunk.chunking.memory import Strategy
+from jaxchunk.chunking.plan import Chunk, ChunkPlan
+from jaxchunk.kernels.cross_entropy.xla import choose_grad_blocks
+from jaxchunk.models.config import ModelConfig
+
+
+def visible_pairs(start: int, stop: int, window: int | None = None) -> int:
+  """Pairs of a query among tokens [start, stop) of a sequence and a key.
+
+  Args:
+    start: First token, from 0.
+    stop: Behind the last.
+    window: Keys that a token sees at most, itself included; `None` is all.
+  """
+
+  def of_first(n: int) -> int:
+    near = n if window is None else min(n, window)
+    return near * (near + 1) // 2 + (n - near) * near
+
+  return of_first(stop) - of_first(start)
+
+
+def layer_flops_per_token(cfg: ModelConfig) -> int:
+  """FLOPs of the layers' matrix products for one token, forward."""
+  heads, keys = cfg.num_heads * cfg.head_width, cfg.kv_heads * cfg.head_width
+  return (
+    2 * cfg.num_layers * cfg.d_model * (2 * heads + 2 * keys + 3 * cfg.d_ff)
+  )
+
+
+def head_flops_per_token(cfg: ModelConfig) -> int:
+  """FLOPs of one token's logits."""
+  return 2 * cfg.vocab_size * cfg.d_model
+
+
+def attention_flops(cfg: ModelConfig, start: int, stop: int) -> int:
+  """FLOPs of attention in all layers for tokens [start, stop), forward.
+
+  Two products of H channels for each query head and visible pair: sharing keys
+  between query heads saves memory, not products.
+  """
+  pairs = sum(
+    cfg.layers_of(position) * visible_pairs(start, stop, window)
+    for position, window in enumerate(cfg.window_pattern)
+  )
+  return 4 * cfg.num_heads * cfg.head_width * pairs
+
+
+def model_flops(cfg: ModelConfig, lengths: Iterable[int]) -> int:
+  """FLOPs that training on whole sequences needs: the numerator of the MFU.
+
+  Forward once and backward twice that (Chowdhery et al., PaLM, arXiv
+  2204.02311), without recomputation and padding. Attention counts the visible
+  pairs alone, about half of PaLM's `12 * L * N * H * T` for a long sequence.
+
+  Args:
+    cfg: The model.
+    lengths: Positions of each sequence.
+  """
+  per_token = layer_flops_per_token(cfg) + head_flops_per_token(cfg)
+  return sum(3 * (n * per_token + attention_flops(cfg, 0, n)) for n in lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkCost:
+  """FLOPs of one chunk, its padding included.
+
+  Attributes:
+    forward: Of the layers.
+    backward: Of the head's loss and gradient, and of the layers.
+  """
+
+  forward: int
+  backward: int
+
+  @property
+  def total(self) -> int:
+    """Forward once and backward."""
+    return self.forward + self.backward
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+  """FLOPs of a step, as the executor runs it on its default kernels.
+
+  Attributes:
+    model: What the sequences need, see `model_flops`.
+    recomputed: Done again to save memory: chunks that run forward twice,
+      attention's scores in the backward pass, logits that were not kept.
+    padding: Spent on padding, recomputation of it included.
+    chunks: Of each chunk, lane by lane.
+    lanes: Of each lane, recomputation included.
+  """
+
+  model: int
+  recomputed: int
+  padding: int
+  chunks: list[list[ChunkCost]]
+  lanes: list[int]
+
+  @property
+  def hardware(self) -> int:
+    """All of it: the numerator of the HFU."""
+    return self.model + self.recomputed + self.padding
+
+  @property
+  def chunk_imbalance(self) -> float:
+    """Costliest chunk over the mean; 1 is even.
+
+    Stages of a pipeline tick together, so the share of time that they would
+    wait is `1 - 1 / imbalance`.
+    """
+    return _imbalance([c.total for lane in self.chunks for c in lane])
+
+  @property
+  def lane_imbalance(self) -> float:
+    """Costliest lane over the mean; 1 is even.
+
+    The same for devices that take one lane each and wait for the last.
+    """
+    return _imbalance(self.lanes)
+
+
+def plan_cost(
+  cfg: ModelConfig,
+  plan: ChunkPlan,
+  *,
+  live_chunks: int,
+  strategy: Strategy,
+) -> StepCost:
+  """What the gradient of a planned batch costs, all parameters trained.
+
+  Args:
+    cfg: The model.
+    plan: How the batch is cut.
+    live_chunks: K.
+    strategy: Which loop is outside, as in `executor.Options`.
+  """
+  size = plan.chunk_size
+  chunks = [[chunk_cost(cfg, c, size) for c in x.chunks] for x in plan.lanes]
+  lanes, padding = [], 0
+  for lane, costs in zip(plan.lanes, chunks, strict=True):
+    passes = forward_passes(len(costs), live_chunks, strategy)
+    extra = 0
+    if runs_layer_outer(len(costs), strategy):
+      extra = _layer_outer_extra(cfg)
+    lanes.append(
+      len(costs) * size * extra
+      + sum(
+        n * c.forward + c.backward for n, c in zip(passes, costs, strict=True)
+      )
+    )
+    per_token, backward = (
+      layer_flops_per_token(cfg),
+      _linear_backward(cfg, size),
+    )
+    padding += sum(
+      (size - chunk.tokens) * (n * per_token + extra + backward)
+      for n, chunk in zip(passes, lane.chunks, strict=True)
+    )
+  needed = model_flops(cfg, plan.lengths)
+  return StepCost(
+    model=needed,
+    recomputed=sum(lanes) - needed - padding,
+    padding=padding,
+    chunks=chunks,
+    lanes=lanes,
+  )
+
+
+def chunk_cost(cfg: ModelConfig, chunk: Chunk, chunk_size: int) -> ChunkCost:
+  """FLOPs of a chunk with what it holds; its padding attends to nothing."""
+  attention = sum(attention_flops(cfg, p.start, p.stop) for p in chunk.pieces)
+  # Five products for the forward's two: the scores are computed again.
+  backward = chunk_size * _linear_backward(cfg, chunk_size)
+  return ChunkCost(
+    forward=chunk_size * layer_flops_per_token(cfg) + attention,
+    backward=backward + attention * 5 // 2,
+  )
+
+
+def runs_layer_outer(num_chunks: int, strategy: Strategy) -> bool:
+  """Whether a lane runs layer by layer: in one chunk nothing is to choose."""
+  return strategy == "layer_outer" and num_chunks > 1
+
+
+def forward_passes(
+  num_chunks: int, live_chunks: int, strategy: Strategy
+) -> list[int]:
+  """How often each chunk of a lane runs forward."""
+  if runs_layer_outer(num_chunks, strategy):
+    return [2] * num_chunks
+  twice = max(num_chunks - live_chunks, 0)
+  return [2] * twice + [1] * (num_chunks - twice)
+
+
+def _layer_outer_extra(cfg: ModelConfig) -> int:
+  """What layer-outer adds per token to forward twice and backward.
+
+  Before its backward a layer writes the keys and values of all chunks. Running
+  it forward once more then ends before the MLP's last product, unless a norm
+  behind it wants that.
+  """
+  keys = cfg.kv_heads * cfg.head_width
+  ends_early = 0 if cfg.post_norms else 2 * cfg.d_ff
+  return cfg.num_layers * cfg.d_model * (4 * keys - ends_early)
+
+
+def _linear_backward(cfg: ModelConfig, chunk_size: int) -> int:
+  """Per token; the head's loss runs with its gradient, in 3 or 4 products."""
+  item = jnp.promote_types(cfg.dtype, jnp.float32).itemsize
+  blocks = choose_grad_blocks(chunk_size, cfg.vocab_size, cfg.d_model, item)
+  products = 3 if blocks.keep else 4
+  return 2 * layer_flops_per_token(cfg) + products * head_flops_per_token(cfg)
+
+
+def _imbalance(costs: Sequence[int]) -> float:
+  return max(costs) * len(costs) / sum(costs) if costs else 1.0

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
   from jaxchunk.chunking.reference import (
     full_value_and_grad as full_value_and_grad,
   )
+  from jaxchunk.chunking.spaco import SpaCO as SpaCO
   from jaxchunk.kernels.attention.api import attention as attention
   from jaxchunk.kernels.attention.mask import AttentionMask as AttentionMask
   from jaxchunk.kernels.cross_entropy.api import (
@@ -29,6 +30,7 @@ _EXPORTS = {
   "AttentionMask": "jaxchunk.kernels.attention.mask",
   "ChunkPlan": "jaxchunk.chunking.plan",
   "ModelConfig": "jaxchunk.models.config",
+  "SpaCO": "jaxchunk.chunking.spaco",
   "Transformer": "jaxchunk.models.transformer",
   "attention": "jaxchunk.kernels.attention.api",
   "chunk_plan": "jaxchunk.chunking.plan",

@@ -120,6 +120,33 @@ class SequenceState(Protocol):
   def zero_cotangent(self, state: Arrays) -> Arrays:
     """Arrays for the cotangent, zero."""
 
+  def weigh_cotangent(
+    self, state: Arrays, cotangent: Arrays, place: ChunkPlace, factor: float
+  ) -> Arrays:
+    """Before `attend_bwd` of a chunk drawn at random: its own part weighed.
+
+    What is owed to the chunk's own keys and values is multiplied by `factor`;
+    what is owed to those before it is not. With `skip_cotangent`, which the
+    chunks that were not drawn run instead of `attend_bwd`, the mean over
+    draws with probability `1 / factor` must be what `attend_bwd` gives
+    without either. A state that cannot tell the two parts apart multiplies
+    all of it, and skips to zero.
+
+    Args:
+      state: As `attend_bwd`, with all layers.
+      cotangent: Of the state after the chunk, all layers.
+      place: Where the chunk lies.
+      factor: One over the probability.
+
+    Returns:
+      The cotangent, updated in place.
+    """
+
+  def skip_cotangent(
+    self, state: Arrays, cotangent: Arrays, place: ChunkPlace
+  ) -> Arrays:
+    """Of the state before a chunk that is not differentiated, all layers."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVPrefix:
@@ -255,6 +282,30 @@ class KVPrefix:
   def zero_cotangent(self, state: Arrays) -> Arrays:
     """See `SequenceState`."""
     return tuple(jnp.zeros(cache.shape, self.grad_dtype) for cache in state)
+
+  def weigh_cotangent(
+    self, state: Arrays, cotangent: Arrays, place: ChunkPlace, factor: float
+  ) -> Arrays:
+    """See `SequenceState`; the chunk's own part is its rows."""
+    at = _at(0, place.start - self.first_cotangent(state, cotangent, place))
+
+    def weigh(g: Array) -> Array:
+      size = (*g.shape[:3], self.chunk_size, g.shape[4])
+      own = lax.dynamic_slice(g, at, size)
+      return lax.dynamic_update_slice(g, own * jnp.asarray(factor, g.dtype), at)
+
+    return tuple(weigh(g) for g in cotangent)
+
+  def skip_cotangent(
+    self, state: Arrays, cotangent: Arrays, place: ChunkPlace
+  ) -> Arrays:
+    """See `SequenceState`; the chunk's rows are not read again."""
+    del place
+
+    def skip(layer: Any, cotangent: Arrays) -> Arrays:
+      return self.pass_chunk(state, cotangent, layer)
+
+    return lax.fori_loop(0, state[0].shape[0], skip, cotangent)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxchunk.chunking import chunk_outer, layer_outer
+from jaxchunk.chunking import chunk_outer, layer_outer, spaco
 from jaxchunk.chunking.lanes import (
   LaneArrays,
   capacity_chunks,
@@ -33,6 +33,7 @@ from jaxchunk.chunking.ops import (
   weighted_sum,
 )
 from jaxchunk.chunking.plan import ChunkPlan, chunk_plan
+from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.chunking.trainable import Trainable
 from jaxchunk.kernels.attention.backends import BACKENDS, Backend
 from jaxchunk.models.config import ModelConfig
@@ -64,7 +65,7 @@ class Options(NamedTuple):
   Attributes:
     chunk_size: C.
     live_chunks: K.
-    strategy: Which loop is outside.
+    strategy: Which loop is outside, or which chunks run backward.
     trainable: Which parameters get gradients.
     keep: What a live chunk keeps of each layer.
     grad_dtype: Of the gradients of keys and values; `None` is at least fp32.
@@ -73,7 +74,7 @@ class Options(NamedTuple):
 
   chunk_size: int
   live_chunks: int
-  strategy: Strategy
+  strategy: Strategy | SpaCO
   trainable: Trainable
   keep: Keep = "all"
   grad_dtype: str | None = None
@@ -110,7 +111,7 @@ def make_options(
   *,
   chunk_size: int,
   live_chunks: int = 1,
-  strategy: Strategy | None = None,
+  strategy: Strategy | SpaCO | None = None,
   trainable: Any = None,
   keep: Keep = "all",
   grad_dtype: str | None = None,
@@ -129,8 +130,17 @@ def make_options(
     )
   if strategy is None:
     strategy = choose_strategy(model.cfg, live_chunks, grad_dtype)
-  if strategy not in STRATEGIES:
-    raise ValueError(f"strategy={strategy!r} is not one of {list(STRATEGIES)}")
+  if isinstance(strategy, SpaCO):
+    if live_chunks > 1:
+      raise ValueError(
+        f"live_chunks={live_chunks} with {strategy}: no chunk stays alive "
+        "there, because few run backward; leave live_chunks at 1 or 0"
+      )
+  elif strategy not in STRATEGIES:
+    raise ValueError(
+      f"strategy={strategy!r} is not one of {list(STRATEGIES)}, or "
+      "SpaCO(rate=...)"
+    )
   if keep not in ("all", "inputs"):
     raise ValueError(f"keep={keep!r} is not one of ['all', 'inputs']")
   if grad_dtype not in (None, *_GRAD_DTYPES):
@@ -166,9 +176,23 @@ def lane_program(
   *,
   options: Options,
 ) -> tuple[Array, list[Array]]:
-  """Adds a lane's loss and gradients to the donated totals."""
+  """Adds a lane's loss and gradients to the donated totals.
+
+  Raises:
+    ValueError: The strategy draws chunks and there is no key.
+  """
   stage = options.stage(model.cfg)
   capacity = lane.tokens.shape[1] // options.chunk_size
+  if isinstance(options.strategy, SpaCO):
+    if rng is None:
+      raise ValueError(
+        f"rng=None with {options.strategy}: pass a key of this step, from "
+        "which its chunks are drawn"
+      )
+    chosen = spaco.draw_chunks(options.strategy, lane, capacity, rng)
+    return spaco.lane_gradient(
+      stage, options.strategy, model, lane, num_chunks, totals, chosen, rng
+    )
   # In one chunk there is nothing to choose.
   if options.strategy == "layer_outer" and capacity > 1:
     return layer_outer.lane_gradient(
@@ -248,13 +272,14 @@ def accumulate(
     model: The model.
     examples: Sequences of any length.
     options: From `make_options`.
-    rng: Key for dropout; `None` is no dropout.
+    rng: Key for dropout, and for the chunks that `SpaCO` draws; `None` is no
+      dropout.
 
   Returns:
     The sums; `grads` has the structure of `nnx.state(model, trainable)`.
 
   Raises:
-    ValueError: A token is not in the vocabulary.
+    ValueError: A token is not in the vocabulary, or `SpaCO` has no key.
   """
   plan, lanes = _plan_lanes(model, examples, options.chunk_size)
   totals = _zero_totals(model, trainable=options.trainable)
@@ -280,7 +305,7 @@ def warm_up(
     model: The model.
     longest: Length of the longest sequence to come, in tokens.
     options: From `make_options`.
-    rng: Any key if dropout will be used.
+    rng: Any key if dropout or `SpaCO` will be used.
 
   Returns:
     How many programs there are: at most `2 + log2(longest / C)`, for a

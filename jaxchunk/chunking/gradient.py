@@ -20,6 +20,7 @@ from jaxchunk.chunking.executor import (
 )
 from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.ops import Keep, Lane
+from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.types import Batch
@@ -38,7 +39,7 @@ def chunked_value_and_grad(
   chunk_size: int,
   live_chunks: int = 1,
   trainable: Any = None,
-  strategy: Strategy | None = None,
+  strategy: Strategy | SpaCO | None = None,
   loss: SequenceLoss | None = None,
   rng: PRNGKeyArray | None = None,
   keep: Keep = "all",
@@ -48,9 +49,9 @@ def chunked_value_and_grad(
   """Loss and gradients of a batch, exactly, in the memory of a chunk.
 
   Equal to `full_value_and_grad(model, batch)` up to rounding, for every chunk
-  size, strategy and packing. Sequences longer than `chunk_size` are split,
-  the others packed; each lane of chunks runs through one of a few programs
-  compiled for power-of-two lengths.
+  size, strategy (but `SpaCO`) and packing. Sequences longer than `chunk_size`
+  are split, the others packed; each lane of chunks runs through one of a few
+  programs compiled for power-of-two lengths.
 
   Args:
     model: The model.
@@ -61,13 +62,15 @@ def chunked_value_and_grad(
     trainable: Which parameters get gradients: `None` for all, an `nnx`
       filter, or an `nnx.State` with the wanted ones.
     strategy: "chunk_outer" (memory per token: keys, values and their
-      gradients), "layer_outer" (StreamBP; the layers' inputs), or `None` for
-      the smaller of the two.
+      gradients), "layer_outer" (StreamBP; the layers' inputs), `None` for
+      the smaller of the two, or `SpaCO(rate)`, which runs a random part of
+      the chunks backward: the loss exact, the gradient right in the mean.
     loss: A function of the sequences' sums instead of the mean over tokens:
       `loss(nll_Q, weight_Q)`, where `nll_Q = sum(weights * nll)` and
       `weight_Q = sum(weights)` of each sequence. It costs one more forward
       pass, because its cotangents are known only after all sums.
     rng: Key for dropout, drawn by document and position; `None` is none.
+      `SpaCO` needs one, and draws by lane and chunk.
     keep: What live chunks keep of each layer: "all" products that the
       backward reads, or "inputs", which are fewer bytes and more work.
     grad_dtype: Of the gradients of keys and values between chunks; at least
@@ -135,7 +138,7 @@ def lower_chunked(
   capacity: int,
   chunk_size: int,
   live_chunks: int = 1,
-  strategy: Strategy | None = None,
+  strategy: Strategy | SpaCO | None = None,
   trainable: Any = None,
   keep: Keep = "all",
   grad_dtype: str | None = None,
@@ -152,7 +155,7 @@ def lower_chunked(
     capacity: Tokens; rounded up to a power of two of chunks.
     chunk_size: As `chunked_value_and_grad`, like the other arguments.
     live_chunks: K.
-    strategy: Which loop is outside.
+    strategy: Which loop is outside, or `SpaCO`.
     trainable: Which parameters get gradients.
     keep: What live chunks keep.
     grad_dtype: Of the gradients of keys and values.
@@ -205,11 +208,15 @@ def lower_chunked(
     if mine
   ]
   loss = abstract((), wide)
+  rng = None
+  if isinstance(options.strategy, SpaCO):
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    rng = abstract(key.shape, key.dtype)
   return lane_program.lower(
     model,
     Lane(**rows),
     abstract((), jnp.int32),
     (loss, grads),
-    None,
+    rng,
     options=options,
   )

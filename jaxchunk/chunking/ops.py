@@ -266,6 +266,28 @@ class Stage:
       for spec, state in zip(self.states, states, strict=True)
     )
 
+  def weigh_cotangents(
+    self, states: States, cotangents: States, place: ChunkPlace, factor: float
+  ) -> States:
+    """What is owed to a chunk's own part of the states, times `factor`."""
+    return tuple(
+      spec.weigh_cotangent(state, cotangent, place, factor)
+      for spec, state, cotangent in zip(
+        self.states, states, cotangents, strict=True
+      )
+    )
+
+  def skip_cotangents(
+    self, states: States, cotangents: States, place: ChunkPlace
+  ) -> States:
+    """Of the states before a chunk that is not differentiated."""
+    return tuple(
+      spec.skip_cotangent(state, cotangent, place)
+      for spec, state, cotangent in zip(
+        self.states, states, cotangents, strict=True
+      )
+    )
+
   def init_slots(self, model: Transformer, chunk: Chunk, count: int) -> Slots:
     """Empty slots for `count` chunks: `[count, layers, ...]` each array."""
     cfg = model.cfg

@@ -1,1 +1,1 @@
-"""Held-out bits per byte, synthetic long-context tasks, and their pictures."""
+"""Held-out bits per byte, long-context tasks, isolation, and pictures."""

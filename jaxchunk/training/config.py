@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from jaxchunk.chunking.memory import Strategy
+from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data import config as data_config
 from jaxchunk.data.config import DataConfig
 from jaxchunk.models.config import ModelConfig
@@ -42,6 +43,8 @@ class TrainConfig:
       the backward pass; the others are computed again.
     strategy: Order of the work inside a sequence; `None` lets the library
       choose.
+    spaco_rate: Share of the chunks, drawn at random, that run backward
+      (`jaxchunk.SpaCO`); `None` runs all and is exact.
     optimizer: `"adamw"`, `"adafactor"` or `"muon"` (matrices by Muon, the
       rest by AdamW).
     learning_rate: The peak.
@@ -68,6 +71,7 @@ class TrainConfig:
   chunk_size: int = 2048
   live_chunks: int = 1
   strategy: Strategy | None = None
+  spaco_rate: float | None = None
   optimizer: OptimizerName = "adamw"
   learning_rate: float = 1e-3
   schedule: ScheduleName = "cosine"
@@ -168,6 +172,7 @@ def _validate_train(train: TrainConfig) -> None:
   for name, bound in least.items():
     value = getattr(train, name)
     _check(f"train.{name}", value, value >= bound, f"at least {bound}")
+  _validate_spaco(train)
   for name in ("learning_rate", "epsilon", "clip_norm"):
     value = getattr(train, name)
     if name != "clip_norm" or value is not None:
@@ -191,6 +196,29 @@ def _validate_train(train: TrainConfig) -> None:
       f"train.warmup_steps and decay_steps need {ramps} steps, more than "
       f"train.num_steps={train.num_steps}; shorten them"
     )
+
+
+def _validate_spaco(train: TrainConfig) -> None:
+  rate = train.spaco_rate
+  if rate is None:
+    return
+  _check("train.spaco_rate", rate, 0 < rate <= 1, "in (0, 1], or None")
+  if train.strategy == "layer_outer":
+    raise ConfigError(
+      f"train.spaco_rate={rate} with train.strategy='layer_outer': chunks can "
+      "be left out only where the loop over chunks is outside; leave "
+      "train.strategy at None"
+    )
+  if train.live_chunks > 1:
+    raise ConfigError(
+      f"train.spaco_rate={rate} with train.live_chunks={train.live_chunks}: "
+      "no chunk stays alive there; set train.live_chunks to 0 or 1"
+    )
+
+
+def strategy_of(train: TrainConfig) -> Strategy | SpaCO | None:
+  """The strategy as the executor takes it."""
+  return train.strategy if train.spaco_rate is None else SpaCO(train.spaco_rate)
 
 
 def _check(field: str, value: Any, fits: bool, rule: str) -> None:

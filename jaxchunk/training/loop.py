@@ -247,11 +247,17 @@ def _compile(run: Run) -> None:
     run.model,
     int(kept.max()),
     run.options,
-    rng=run.key if run.config.model.dropout else None,
+    rng=run.key if _is_random(run) else None,
   )
   seconds = time.perf_counter() - start_time
   say(f"Compiled {count} chunk programs in {seconds:.0f} s")
   run.clock = time.perf_counter()
+
+
+def _is_random(run: Run) -> bool:
+  """Whether a step needs a key: for dropout, or to draw chunks."""
+  drawn = run.config.train.spaco_rate is not None
+  return bool(run.config.model.dropout) or drawn
 
 
 def launch(run: Run, batch: GlobalBatch) -> Pending:
@@ -263,7 +269,7 @@ def launch(run: Run, batch: GlobalBatch) -> Pending:
     jax.transfer_guard_host_to_device("disallow"),
   ):
     rng = None
-    if run.config.model.dropout:
+    if _is_random(run):
       rng = _fold_in(run.key, jax.device_put(np.uint32(run.step)))
     sums = executor.accumulate(run.model, batch.examples, run.options, rng=rng)
     run.params, run.state, scalars = run.update(

@@ -136,7 +136,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       nnx.merge(graphdef, nnx.State(params)),
       chunk_size=config.train.chunk_size,
       live_chunks=config.train.live_chunks,
-      strategy=config.train.strategy,
+      strategy=config_lib.strategy_of(config.train),
     ),
     update=optimizer.make_update(config.train),
     key=jax.device_put(jax.random.key(config.train.seed), device),
@@ -189,13 +189,17 @@ def report_info(run: Run, total: Accounting) -> info.RunInfo:
   if run.busiest is not None:
     step, plan = run.busiest
     strategy = train.strategy or choose_strategy(cfg, train.live_chunks)
+    live, drawn = train.live_chunks, ""
+    if train.spaco_rate is not None:
+      strategy, live = "chunk_outer", 0
+      drawn = f" (SpaCO at {train.spaco_rate:g} runs part of B; all are drawn)"
     picture = schedule.of_plan(
       f"Step {step}: {plan.num_chunks} chunks of {train.chunk_size:,} tokens "
       f"in {len(plan.lanes)} lane{'s' if len(plan.lanes) > 1 else ''}, "
-      f"{strategy.replace('_', '-')}",
+      f"{strategy.replace('_', '-')}{drawn}",
       plan,
       cfg=cfg,
-      live_chunks=train.live_chunks,
+      live_chunks=live,
       strategy=strategy,
     )
   return info.RunInfo(

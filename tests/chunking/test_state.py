@@ -93,6 +93,12 @@ class Decay:
   def zero_cotangent(self, state):
     return jnp.zeros_like(state["after"])
 
+  def weigh_cotangent(self, state, cotangent, place, factor):
+    return cotangent * factor
+
+  def skip_cotangent(self, state, cotangent, place):
+    return jnp.zeros_like(cotangent)
+
 
 def lane_of(chunks: int) -> Lane:
   keys = jax.random.split(jax.random.key(0), 3)

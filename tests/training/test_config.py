@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.rope import NtkScaling, Rope
 from jaxchunk.training import config as config_lib
@@ -37,6 +38,8 @@ def test_every_config_file_is_valid_and_says_how_to_run_it(path):
     ("train", "optimizer", "sgd"),
     ("train", "schedule", "linear"),
     ("train", "strategy", "inner"),
+    ("train", "spaco_rate", 0.0),
+    ("train", "spaco_rate", 1.5),
     ("train", "warmup_steps", 9),
     ("train", "final_learning_rate", -0.1),
     ("train", "max_skipped_steps", True),
@@ -53,6 +56,24 @@ def test_validation_names_field_and_value(config, section, field, value):
   assert field in str(error.value)
   assert str(value) in str(error.value)
   assert section in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("field", "value"), [("strategy", "layer_outer"), ("live_chunks", 2)]
+)
+def test_what_cannot_go_with_drawn_chunks(config, field, value):
+  config.train.spaco_rate = 0.25
+  setattr(config.train, field, value)
+  with pytest.raises(ConfigError, match=f"spaco_rate=0.25.*{field}={value!r}"):
+    config_lib.validate(config)
+
+
+def test_a_rate_becomes_a_strategy(config):
+  config.train.spaco_rate, config.train.live_chunks = 0.25, 0
+  config_lib.validate(config)
+  assert config_lib.strategy_of(config.train) == SpaCO(0.25)
+  config.train.spaco_rate = None
+  assert config_lib.strategy_of(config.train) == config.train.strategy
 
 
 def test_validation_wants_a_config():

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from jaxchunk.chunking.memory import Strategy
+from jaxchunk.chunking.memory import KVMemory, Strategy
 from jaxchunk.data import config as data_config
 from jaxchunk.data.config import DataConfig
 from jaxchunk.models.config import ModelConfig
@@ -42,6 +42,8 @@ class TrainConfig:
       the backward pass; the others are computed again.
     strategy: Order of the work inside a sequence; `None` lets the library
       choose.
+    kv_memory: "host" keeps keys, values and their gradients in host memory
+      and brings them to the device a chunk at a time (chunk-outer only).
     optimizer: `"adamw"`, `"adafactor"` or `"muon"` (matrices by Muon, the
       rest by AdamW).
     learning_rate: The peak.
@@ -66,6 +68,7 @@ class TrainConfig:
   chunk_size: int = 2048
   live_chunks: int = 1
   strategy: Strategy | None = None
+  kv_memory: KVMemory = "device"
   optimizer: OptimizerName = "adamw"
   learning_rate: float = 1e-3
   schedule: ScheduleName = "cosine"
@@ -164,6 +167,11 @@ def _validate_train(train: TrainConfig) -> None:
   for name, bound in least.items():
     value = getattr(train, name)
     _check(f"train.{name}", value, value >= bound, f"at least {bound}")
+  if train.kv_memory == "host" and train.strategy == "layer_outer":
+    raise ConfigError(
+      "train.kv_memory='host' does not go with train.strategy='layer_outer'; "
+      "set the strategy to 'chunk_outer' or None"
+    )
   for name in ("learning_rate", "epsilon", "clip_norm"):
     value = getattr(train, name)
     if name != "clip_norm" or value is not None:

@@ -20,6 +20,7 @@ from jaxchunk.chunking.lanes import (
 )
 from jaxchunk.chunking.memory import (
   STRATEGIES,
+  KVMemory,
   Strategy,
   state_bytes_per_token,
 )
@@ -70,6 +71,7 @@ class Options(NamedTuple):
     keep: What a live chunk keeps of each layer.
     grad_dtype: Of the gradients of keys and values; `None` is at least fp32.
     implementation: Of attention.
+    kv_memory: Where keys, values and their gradients are.
   """
 
   chunk_size: int
@@ -79,12 +81,18 @@ class Options(NamedTuple):
   keep: Keep = "all"
   grad_dtype: str | None = None
   implementation: Backend = "xla"
+  kv_memory: KVMemory = "device"
 
   def stage(self, cfg: ModelConfig) -> Stage:
     """The stage of all layers."""
     states = tuple(
       state_of(
-        cfg, window, self.chunk_size, self.grad_dtype, self.implementation
+        cfg,
+        window,
+        self.chunk_size,
+        self.grad_dtype,
+        self.implementation,
+        self.kv_memory,
       )
       for window in cfg.window_pattern
     )
@@ -116,6 +124,7 @@ def make_options(
   keep: Keep = "all",
   grad_dtype: str | None = None,
   implementation: Backend | None = None,
+  kv_memory: KVMemory = "device",
 ) -> Options:
   """Checks and completes what a program is compiled for.
 
@@ -128,6 +137,17 @@ def make_options(
     raise ValueError(
       f"live_chunks={live_chunks!r} must be an integer, 0 or more"
     )
+  if kv_memory not in ("device", "host"):
+    raise ValueError(
+      f"kv_memory={kv_memory!r} is not one of ['device', 'host']"
+    )
+  if kv_memory == "host":
+    strategy = strategy or "chunk_outer"
+    if strategy != "chunk_outer":
+      raise ValueError(
+        f"kv_memory='host' needs strategy='chunk_outer', got {strategy!r}, "
+        "whose keys and values are of one layer at a time"
+      )
   if strategy is None:
     strategy = choose_strategy(model.cfg, live_chunks, grad_dtype)
   if isinstance(strategy, SpaCO):
@@ -161,6 +181,7 @@ def make_options(
     keep,
     grad_dtype,
     implementation,
+    kv_memory,
   )
 
 

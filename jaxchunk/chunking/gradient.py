@@ -19,6 +19,7 @@ from jaxchunk.chunking.executor import (
   token_nll,
 )
 from jaxchunk.chunking.lanes import capacity_chunks
+from jaxchunk.chunking.memory import KVMemory
 from jaxchunk.chunking.ops import Keep, Lane
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.kernels.attention.backends import Backend
@@ -45,6 +46,7 @@ def chunked_value_and_grad(
   keep: Keep = "all",
   grad_dtype: str | None = None,
   implementation: Backend | None = None,
+  kv_memory: KVMemory = "device",
 ) -> tuple[Float[Array, ""], nnx.State]:
   """Loss and gradients of a batch, exactly, in the memory of a chunk.
 
@@ -77,6 +79,9 @@ def chunked_value_and_grad(
       fp32 by default.
     implementation: Of attention: "xla" (the default), "pallas_tpu" or
       "pallas_gpu"; see `jaxchunk.attention`.
+    kv_memory: "host" keeps keys, values and their gradients in host memory
+      and brings those of one chunk at a time to the device ("chunk_outer"
+      only): memory on the device does not grow with the sequence.
 
   Returns:
     `(loss, grads)`: the scalar `sum(weights * nll) / sum(weights)` (or
@@ -96,6 +101,7 @@ def chunked_value_and_grad(
     keep=keep,
     grad_dtype=grad_dtype,
     implementation=implementation,
+    kv_memory=kv_memory,
   )
   if loss is not None:
     if rng is not None and model.cfg.dropout:
@@ -143,6 +149,7 @@ def lower_chunked(
   keep: Keep = "all",
   grad_dtype: str | None = None,
   implementation: Backend | None = None,
+  kv_memory: KVMemory = "device",
 ) -> jax.stages.Lowered:
   """The program for one lane of up to `capacity` tokens, not yet compiled.
 
@@ -160,6 +167,7 @@ def lower_chunked(
     keep: What live chunks keep.
     grad_dtype: Of the gradients of keys and values.
     implementation: Of attention.
+    kv_memory: Where keys, values and their gradients are.
 
   Returns:
     The lowered program; its accumulators are donated.
@@ -178,6 +186,7 @@ def lower_chunked(
     keep=keep,
     grad_dtype=grad_dtype,
     implementation=implementation,
+    kv_memory=kv_memory,
   )
   sharding = data_sharding(model)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxchunk.chunking.memory import KVMemory
 from jaxchunk.chunking.trainable import Trainable, widened
 from jaxchunk.kernels.cross_entropy.api import (
   linear_cross_entropy,
@@ -27,6 +28,7 @@ from jaxchunk.kernels.state import (
   KVWindow,
   SequenceState,
 )
+from jaxchunk.kernels.state_host import KVHost
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.dropout import DropoutKeys
@@ -113,6 +115,7 @@ def state_of(
   chunk_size: int,
   grad_dtype: str | None = None,
   implementation: str = "xla",
+  kv_memory: KVMemory = "device",
 ) -> SequenceState:
   """The sequence state of a layer with this attention window."""
   wide = jnp.promote_types(cfg.dtype, jnp.float32).name
@@ -126,6 +129,8 @@ def state_of(
     "grad_dtype": grad_dtype or wide,
     "implementation": implementation,
   }
+  if kv_memory == "host":
+    return KVHost(window=window, **options)
   if window is None:
     return KVPrefix(**options)
   return KVWindow(window=window, **options)

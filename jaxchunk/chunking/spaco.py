@@ -188,7 +188,8 @@ def lane_gradient(
     weights = here.weights * jnp.asarray(factor, here.weights.dtype)
     here = dataclasses.replace(here, weights=weights)
     states = stage.restore(states, i)
-    x, states, slots = stage.forward(model, here, states, slots)
+    kept: Any = stage.forward(model, here, states, slots)
+    x, states, slots = kept
     _, dx, grads = stage.head_gradient(model, here, x, grads)
     cotangents = stage.weigh_cotangents(states, cotangents, here.place, factor)
     cotangents, grads = stage.backward(

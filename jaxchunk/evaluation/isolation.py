@@ -243,7 +243,7 @@ def attention_leaks(
   Returns:
     The leaks; at most one for each result, changed and harmed document.
   """
-  leaks = []
+  leaks: list[Leak] = []
   for first in range(0, packings, rows):
     rng = np.random.default_rng((seed, first))
     kv = random_segments(rng, rows, length)
@@ -261,8 +261,8 @@ def attention_leaks(
     count = min(rows, packings - first)
     for name, a, b in zip(Outputs._fields, before, after, strict=True):
       ids = (kv if name in ("dk", "dv") else q)[:count]
-      moved = _different(a, b)[:count]
-      moved = moved.reshape(*moved.shape[:2], -1).any(2)
+      numbers = _different(a, b)[:count]
+      moved = numbers.reshape(*numbers.shape[:2], -1).any(2)
       leaks += _row_leaks(first, name, ids, changed, moved)
   return leaks
 

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from jaxchunk.chunking.memory import Strategy
+from jaxchunk.chunking.memory import KVMemory, Strategy
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data import config as data_config
 from jaxchunk.data.config import DataConfig
@@ -45,6 +45,8 @@ class TrainConfig:
       choose.
     spaco_rate: Share of the chunks, drawn at random, that run backward
       (`jaxchunk.SpaCO`); `None` runs all and is exact.
+    kv_memory: "host" keeps keys, values and their gradients in host memory
+      and brings them to the device a chunk at a time (chunk-outer only).
     optimizer: `"adamw"`, `"adafactor"` or `"muon"` (matrices by Muon, the
       rest by AdamW).
     learning_rate: The peak.
@@ -72,6 +74,7 @@ class TrainConfig:
   live_chunks: int = 1
   strategy: Strategy | None = None
   spaco_rate: float | None = None
+  kv_memory: KVMemory = "device"
   optimizer: OptimizerName = "adamw"
   learning_rate: float = 1e-3
   schedule: ScheduleName = "cosine"
@@ -173,6 +176,16 @@ def _validate_train(train: TrainConfig) -> None:
     value = getattr(train, name)
     _check(f"train.{name}", value, value >= bound, f"at least {bound}")
   _validate_spaco(train)
+  if train.kv_memory == "host" and train.strategy == "layer_outer":
+    raise ConfigError(
+      "train.kv_memory='host' does not go with train.strategy='layer_outer'; "
+      "set the strategy to 'chunk_outer' or None"
+    )
+  if train.kv_memory == "host" and train.spaco_rate is not None:
+    raise ConfigError(
+      "train.kv_memory='host' does not go with "
+      f"train.spaco_rate={train.spaco_rate}; unset one of them"
+    )
   for name in ("learning_rate", "epsilon", "clip_norm"):
     value = getattr(train, name)
     if name != "clip_norm" or value is not None:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from jaxchunk.chunking import executor
 from jaxchunk.chunking.cost import plan_cost
 from jaxchunk.chunking.plan import ChunkPlan
+from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data.accounting import KEPT, Accounting
 from jaxchunk.data.pipeline import GlobalBatch
 from jaxchunk.training import checkpoint, info, metrics, optimizer, report
@@ -282,12 +283,11 @@ def launch(run: Run, batch: GlobalBatch) -> Pending:
   plan = sums.plan
   if run.busiest is None or _longest(plan) > _longest(run.busiest[1]):
     run.busiest = (run.step, plan)
-  cost = plan_cost(
-    run.config.model,
-    plan,
-    live_chunks=run.options.live_chunks,
-    strategy=run.options.strategy,
-  )
+  live, strategy = run.options.live_chunks, run.options.strategy
+  if isinstance(strategy, SpaCO):
+    # As if all chunks had been drawn.
+    live, strategy = 0, "chunk_outer"
+  cost = plan_cost(run.config.model, plan, live_chunks=live, strategy=strategy)
   values = {
     "epoch": batch.epoch,
     "documents": len(batch.examples),

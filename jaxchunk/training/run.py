@@ -137,6 +137,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       chunk_size=config.train.chunk_size,
       live_chunks=config.train.live_chunks,
       strategy=config_lib.strategy_of(config.train),
+      kv_memory=config.train.kv_memory,
     ),
     update=optimizer.make_update(config.train),
     key=jax.device_put(jax.random.key(config.train.seed), device),

@@ -45,8 +45,8 @@ class KVHost(KVPrefix):
   def init(self, layers: int, batch: int, capacity: int) -> Arrays:
     """See `SequenceState`; nothing is read before it is written."""
     chunks = capacity // self.chunk_size
-    shape = (layers * chunks, batch, self.num_kv_heads)
-    shape = (*shape, self.chunk_size, self.head_dim)
+    heads, size = self.num_kv_heads, (self.chunk_size, self.head_dim)
+    shape = (layers * chunks, batch, heads, *size)
     return _on_host(shape, self.dtype), _on_host(shape, self.dtype)
 
   def write(

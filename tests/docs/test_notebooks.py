@@ -45,7 +45,7 @@ def test_notebook_is_its_source(source):
 def test_notebook_runs(source, tmp_path):
   notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
   client = NotebookClient(
-    notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
   )
   client.execute(env={**os.environ, **SMALL, "XLA_FLAGS": ""})
   pictures = [

@@ -39,11 +39,13 @@ def workdir(config, tmp_path_factory):
     nnx.to_pure_dict(state),
   )
   with checkpoint.open_manager(folder, config.checkpoint) as manager:
-    checkpoint.save(
+    checkpoint.write(
       manager,
       7,
-      params=params,
-      optimizer={"count": jnp.zeros((), jnp.int32)},
+      arrays={
+        "params": params,
+        "optimizer": {"count": jnp.zeros((), jnp.int32)},
+      },
       meta={"config": to_json(config)},
     )
   ByteTokenizer().save(folder / checkpoint.TOKENIZER)

@@ -179,6 +179,25 @@ class KVHost(KVPrefix):
     dk, dv = (_on_host(host.shape, self.grad_dtype) for host in state)
     return dk, dv, jnp.zeros(len(state[0]), bool)
 
+  def weigh_cotangent(
+    self, state: Arrays, cotangent: Arrays, place: ChunkPlace, factor: float
+  ) -> Arrays:
+    """Not written yet.
+
+    Raises:
+      NotImplementedError: Always.
+    """
+    raise NotImplementedError(
+      "keys and values in host memory do not go with chunks drawn at random; "
+      "KVPrefix and KVWindow can do that"
+    )
+
+  def skip_cotangent(
+    self, state: Arrays, cotangent: Arrays, place: ChunkPlace
+  ) -> Arrays:
+    """See `SequenceState`; nothing moves, because all chunks have rows."""
+    return cotangent
+
   def _row(self, layer: Any, place: ChunkPlace, j: Any) -> Any:
     return layer * (place.lane_segment_ids.shape[1] // self.chunk_size) + j
 

@@ -154,12 +154,16 @@ with jax.enable_x64(True):
 # a dial between memory and time.
 
 # %%
-from jaxchunk.training.schedule import Schedule, draw_schedule, lane_ops
+from jaxchunk.chunking.chunk_outer import schedule
+from jaxchunk.training.schedule import Schedule, draw_schedule
+
+# A chunk costs a tenth more for each chunk before it; backward is twice that.
+costs = [[(1 + 0.1 * i, 2 + 0.2 * i) for i in range(8)]]
 
 figure, axes = plt.subplots(2, 1, figsize=(10, 6.4))
 for ax, live in zip(axes, (1, 4), strict=True):
   title = f"8 chunks, K = {live}"
-  draw_schedule(ax, Schedule(title, [lane_ops(8, live)], slope=0.1))
+  draw_schedule(ax, Schedule(title, [schedule(8, live)], costs, [1.0]))
 axes[0].set_xlabel("")
 axes[1].set_xlim(axes[0].get_xlim())
 axes[1].get_legend().remove()

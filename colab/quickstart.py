@@ -250,7 +250,7 @@ plt.show()
 # %%
 from IPython.display import Image, display
 
-display(Image(result.report, width=900))
+display(Image(result.report.with_name("report.png"), width=900))
 
 # %% [markdown]
 # ## Generate

@@ -43,7 +43,7 @@ def pieces(kind):
   if kind == "recurrent":
     spec = Decay(cfg.kv_heads, cfg.head_width, N)
     return model, Stage(C, (spec,), Trainable.of(model)), lane_of(N)
-  stage = make_options(model, chunk_size=C).stage(cfg)
+  stage = make_options(model, chunk_size=C).stage(model.cfg)
   return model, stage, ragged_lane()
 
 

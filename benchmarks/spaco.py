@@ -26,8 +26,8 @@ from flax import nnx
 
 import jaxchunk as jc
 from jaxchunk.chunking import spaco
+from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.executor import accumulate, make_options
-from jaxchunk.chunking.ops import Lane
 from jaxchunk.types import Example
 
 _DRAWS = flags.DEFINE_integer("draws", 2000, "Of the mean.", lower_bound=2)

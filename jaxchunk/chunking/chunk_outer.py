@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxchunk.chunking.ops import Chunk, Lane, Stage, chunk_nll, chunk_of
+from jaxchunk.chunking.chunk import Chunk, Lane, chunk_of
+from jaxchunk.chunking.ops import Stage
+from jaxchunk.chunking.scores import chunk_nll
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.transformer import Transformer
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxchunk.chunking import chunk_outer, layer_outer, spaco
+from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.lanes import (
   LaneArrays,
   capacity_chunks,
@@ -24,16 +25,9 @@ from jaxchunk.chunking.memory import (
   Strategy,
   state_bytes_per_token,
 )
-from jaxchunk.chunking.ops import (
-  Keep,
-  Lane,
-  Stage,
-  TokenScores,
-  chunk_scores,
-  state_of,
-  weighted_sum,
-)
+from jaxchunk.chunking.ops import Keep, Stage, state_of
 from jaxchunk.chunking.plan import ChunkPlan, chunk_plan
+from jaxchunk.chunking.scores import TokenScores, chunk_scores, weighted_sum
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.chunking.trainable import Trainable
 from jaxchunk.kernels.attention.backends import BACKENDS, Backend

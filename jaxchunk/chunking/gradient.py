@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.executor import (
   Strategy,
   accumulate,
@@ -20,7 +21,7 @@ from jaxchunk.chunking.executor import (
 )
 from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.memory import KVMemory
-from jaxchunk.chunking.ops import Keep, Lane
+from jaxchunk.chunking.ops import Keep
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.transformer import Transformer

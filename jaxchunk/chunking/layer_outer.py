@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxchunk.chunking.ops import Lane, Stage, chunk_of, over_layers, put
+from jaxchunk.chunking.chunk import Lane, chunk_of
+from jaxchunk.chunking.ops import Stage, over_layers, put
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.transformer import Transformer, layer_of
 

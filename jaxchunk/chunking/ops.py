@@ -9,17 +9,18 @@ in place.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float
 
+from jaxchunk.chunking.chunk import Chunk
 from jaxchunk.chunking.memory import KVMemory
+from jaxchunk.chunking.scores import weighted_sum
 from jaxchunk.chunking.trainable import Trainable, widened
 from jaxchunk.kernels.cross_entropy.api import (
-  linear_cross_entropy,
   linear_cross_entropy_with_grad,
 )
 from jaxchunk.kernels.state import (
@@ -31,11 +32,9 @@ from jaxchunk.kernels.state import (
 from jaxchunk.kernels.state_host import KVHost
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.config import ModelConfig
-from jaxchunk.models.dropout import DropoutKeys
 from jaxchunk.models.tape import Tape
 from jaxchunk.models.transformer import (
   Block,
-  RopeTables,
   Transformer,
   layer_of,
 )
@@ -48,65 +47,6 @@ Keep = Literal["all", "inputs"]
 # One entry per position of the window pattern.
 States = tuple[Any, ...]
 Slots = tuple[dict[str, Any], ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Lane:
-  """Tokens that share one sequence state: chunks of a sequence, or a pack.
-
-  Arrays are `[B,S]` with the meaning of `jaxchunk.types.Batch`; S is a
-  multiple of the chunk size. `weights` are the cotangents of the tokens'
-  negative log-likelihoods.
-  """
-
-  tokens: Int[Array, "B S"]
-  targets: Int[Array, "B S"]
-  weights: Float[Array, "B S"]
-  segment_ids: Int[Array, "B S"]
-  positions: Int[Array, "B S"]
-  document_ids: Int[Array, "B S"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-  """One chunk of a lane, and what its layers share."""
-
-  tokens: Int[Array, "B C"]
-  targets: Int[Array, "B C"]
-  weights: Float[Array, "B C"]
-  place: ChunkPlace
-  ropes: RopeTables
-  dropout: DropoutKeys | None
-
-
-def chunk_of(
-  model: Transformer,
-  lane: Lane,
-  index: Any,
-  size: int,
-  rng: PRNGKeyArray | None = None,
-) -> Chunk:
-  """Chunk `index` (may be traced) of a lane, in chunks of `size` tokens."""
-  index = jnp.asarray(index, jnp.int32)
-  start = index * size
-
-  def cut(a: Array) -> Array:
-    return lax.dynamic_slice_in_dim(a, start, size, 1)
-
-  positions = cut(lane.positions)
-  keys = None
-  if rng is not None and model.cfg.dropout:
-    keys = DropoutKeys.of(rng, cut(lane.document_ids), positions)
-  return Chunk(
-    tokens=cut(lane.tokens),
-    targets=cut(lane.targets),
-    weights=cut(lane.weights),
-    place=ChunkPlace(index, start, cut(lane.segment_ids), lane.segment_ids),
-    ropes=model.rope_tables(positions),
-    dropout=keys,
-  )
 
 
 def state_of(
@@ -450,64 +390,6 @@ class Stage:
     grads = self.trainable.set_unembed(grads, accumulator)
     grads = self.trainable.add_final_norm(grads, d_norm)
     return weighted_sum(chunk.weights, nll), dx, grads
-
-
-def chunk_nll(
-  model: Transformer, chunk: Chunk, x: Float[Array, "B C D"]
-) -> Float[Array, "B C"]:
-  """Negative log-likelihood of each target, from the last layer's output."""
-  nll, _ = linear_cross_entropy(
-    model.final_norm(x),
-    model.unembed,
-    chunk.targets,
-    softcap=model.cfg.logit_softcap,
-  )
-  return nll
-
-
-class TokenScores(NamedTuple):
-  """What is known of each target of a sequence.
-
-  Attributes:
-    nll: Negative log-likelihood, in at least fp32, without weights.
-    greedy: Whether the target is the likeliest token.
-  """
-
-  nll: Any
-  greedy: Any
-
-
-# Rows of logits that exist at a time where the likeliest token is looked for.
-_LOGIT_ROWS = 128
-
-
-def chunk_scores(
-  model: Transformer, chunk: Chunk, x: Float[Array, "B C D"]
-) -> TokenScores:
-  """`chunk_nll`, and which targets greedy decoding would choose.
-
-  Memory: 128 rows of logits at a time.
-  """
-
-  def is_likeliest(row: tuple[Array, Array]) -> Array:
-    x_D, target = row
-    logits = model.logits(x_D[None, None])[0, 0]
-    return jnp.argmax(logits) == target
-
-  normed = model.final_norm(x)
-  rows = (normed.reshape(-1, x.shape[-1]), chunk.targets.reshape(-1))
-  greedy = lax.map(is_likeliest, rows, batch_size=_LOGIT_ROWS)
-  return TokenScores(
-    chunk_nll(model, chunk, x), greedy.reshape(chunk.targets.shape)
-  )
-
-
-def weighted_sum(
-  weights: Float[Array, "B T"], nll: Float[Array, "B T"]
-) -> Float[Array, ""]:
-  """`sum(weights * nll)`, in which weight 0 masks any nll."""
-  # A masked target may have any nll, even none: 0 * nan is not 0.
-  return jnp.sum(jnp.where(weights == 0, 0, weights.astype(nll.dtype) * nll))
 
 
 def over_layers(

@@ -18,16 +18,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jaxchunk.chunking.chunk import Chunk, Lane, chunk_of
 from jaxchunk.chunking.executor import data_sharding
 from jaxchunk.chunking.lanes import capacity_chunks
-from jaxchunk.chunking.ops import (
-  Chunk,
-  Lane,
-  Stage,
-  States,
-  chunk_of,
-  state_of,
-)
+from jaxchunk.chunking.ops import Stage, States, state_of
 from jaxchunk.chunking.trainable import Trainable
 from jaxchunk.inference.sampling import Sampler, sample
 from jaxchunk.kernels.state import ChunkPlace

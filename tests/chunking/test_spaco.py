@@ -11,8 +11,9 @@ import pytest
 
 import jaxchunk as jc
 from jaxchunk.chunking import chunk_outer, spaco
+from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.executor import make_options
-from jaxchunk.chunking.ops import Lane, Stage
+from jaxchunk.chunking.ops import Stage
 from jaxchunk.chunking.trainable import Trainable
 from tests.chunking.conftest import LENGTHS, PLAIN, RICH, build, make_batch
 from tests.chunking.conftest import worst as worst_of

@@ -10,7 +10,8 @@ import pytest
 from jax import lax
 
 from jaxchunk.chunking import chunk_outer, layer_outer
-from jaxchunk.chunking.ops import Lane, Stage
+from jaxchunk.chunking.chunk import Lane
+from jaxchunk.chunking.ops import Stage
 from jaxchunk.chunking.trainable import Trainable
 from jaxchunk.models.tape import Tape
 from tests.chunking.conftest import PLAIN, build

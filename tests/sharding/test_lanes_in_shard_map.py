@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxchunk.chunking import chunk_outer, layer_outer
+from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.executor import make_options
-from jaxchunk.chunking.ops import Lane
 from jaxchunk.kernels.vma import vary_like
 from tests.chunking.conftest import PLAIN, build
 

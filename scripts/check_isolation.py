@@ -52,6 +52,7 @@ def ways_of(config: Config, model: Transformer) -> dict[str, Options]:
     chunk_size=size,
     live_chunks=train.live_chunks,
     strategy=strategy_of(train),
+    kv_memory=train.kv_memory,
   )
   ways = {f"this config: {own.strategy}, K={own.live_chunks}": own}
   for live in (0, 2):

@@ -283,18 +283,24 @@ def launch(run: Run, batch: GlobalBatch) -> Pending:
   plan = sums.plan
   if run.busiest is None or _longest(plan) > _longest(run.busiest[1]):
     run.busiest = (run.step, plan)
-  live, strategy = run.options.live_chunks, run.options.strategy
-  if isinstance(strategy, SpaCO):
-    # As if all chunks had been drawn.
-    live, strategy = 0, "chunk_outer"
-  cost = plan_cost(run.config.model, plan, live_chunks=live, strategy=strategy)
+  cost = {}
+  if not isinstance(run.options.strategy, SpaCO):
+    # Which chunks SpaCO runs backward is drawn on the device.
+    cost = cost_metrics(
+      plan_cost(
+        run.config.model,
+        plan,
+        live_chunks=run.options.live_chunks,
+        strategy=run.options.strategy,
+      )
+    )
   values = {
     "epoch": batch.epoch,
     "documents": len(batch.examples),
     "longest": max(map(len, batch.examples)),
     "num_chunks": plan.num_chunks,
     "padding_fraction": plan.padding_fraction,
-    **cost_metrics(cost),
+    **cost,
   }
   return Pending(run.step, scalars, batch, values, sums.loss)
 

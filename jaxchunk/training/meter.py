@@ -3,7 +3,8 @@
 Besides what the loop puts there:
 
 - `model_flops`, `hardware_flops`, `padding_flops`, `imbalance` and
-  `lane_imbalance`: from the step's plan, see `chunking/cost.py`;
+  `lane_imbalance`: from the step's plan, see `chunking/cost.py` (not with
+  `SpaCO`, whose draws only the device knows);
 - `mfu` and `hfu`: model and hardware FLOPs per second of the step, as shares
   of the device's peak; evaluation and saving between steps do not count;
 - `wall_seconds`: since the line before, whatever was done in it;
@@ -78,7 +79,7 @@ class Meter:
     """Adds to the metrics of the step that just ended."""
     now = time.perf_counter()
     values["wall_seconds"], self._clock = now - self._clock, now
-    if self._peak is not None:
+    if self._peak is not None and "model_flops" in values:
       possible = values["seconds"] * self._peak.flops
       values["mfu"] = values["model_flops"] / possible
       values["hfu"] = values["hardware_flops"] / possible

@@ -19,16 +19,18 @@ CFG = jc.ModelConfig(
   d_ff=1024,
   dtype="bfloat16",
 )
-TARGETS = {
-  "pallas_tpu": lambda: targets.tpu("v5e:2x2")[0],
-  "pallas_gpu": lambda: targets.gpu("h200")[0],
+DEVICES = {
+  "v5e": ("pallas_tpu", lambda: targets.tpu("v5e:2x2")[0]),
+  "v5p": ("pallas_tpu", lambda: targets.tpu("v5p:2x2x1")[0]),
+  "h200": ("pallas_gpu", lambda: targets.gpu("h200")[0]),
 }
 # Names of the kernels: forward when chunks pass first and again, and backward.
 KERNELS = {"pallas_tpu": "tpu_custom_call", "pallas_gpu": "mosaic_gpu_v2"}
 
 
-def compiled(implementation, capacity, **options):
-  device = TARGETS[implementation]()
+def compiled(name, capacity, **options):
+  implementation, device = DEVICES[name]
+  device = device()
   model = nnx.eval_shape(lambda: jc.Transformer(CFG, rngs=nnx.Rngs(0)))
   with targets.tracing_for(device):
     lowered = jc.lower_chunked(
@@ -41,19 +43,32 @@ def compiled(implementation, capacity, **options):
   return lowered.compile()
 
 
-@pytest.mark.parametrize("implementation", list(TARGETS))
+@pytest.mark.parametrize("name", ["v5e", "h200"])
 @pytest.mark.parametrize("strategy", ["chunk_outer", "layer_outer"])
-def test_the_step_compiles_with_the_kernels_inside(implementation, strategy):
-  program = compiled(implementation, 8192, strategy=strategy).as_text()
+def test_the_step_compiles_with_the_kernels_inside(name, strategy):
+  program = compiled(name, 8192, strategy=strategy).as_text()
   calls = re.findall(r'custom_call_target="([^"]+)"', program)
-  assert KERNELS[implementation] in calls, sorted(set(calls))
+  assert KERNELS[DEVICES[name][0]] in calls, sorted(set(calls))
 
 
 def test_memory_grows_by_the_sequence_state():
   # On TPU it grows by 1.41 of it, still: docs/ROADMAP.md.
   short, long = (
-    compiled("pallas_gpu", n, strategy="chunk_outer").memory_analysis()
+    compiled("h200", n, strategy="chunk_outer").memory_analysis()
     for n in (8192, 32768)
   )
   grown = long.temp_size_in_bytes - short.temp_size_in_bytes
   assert grown <= 1.02 * 24576 * state_bytes_per_token(CFG, "chunk_outer")
+
+
+@pytest.mark.parametrize("name", ["v5p", "h200"])
+def test_on_the_host_the_state_takes_no_device_memory(name):
+  short, long = (
+    compiled(name, n, kv_memory="host").memory_analysis()
+    for n in (16 * 1024, 256 * 1024)
+  )
+  assert long.temp_size_in_bytes <= 1.05 * short.temp_size_in_bytes
+  state = 256 * 1024 * state_bytes_per_token(CFG, "chunk_outer")
+  # The TPU's compiler leaves gaps between the host's buffers.
+  most = {"v5p": 1.34, "h200": 1.0}[name]
+  assert state <= long.host_temp_size_in_bytes <= most * state

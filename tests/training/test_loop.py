@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import json
 import os
@@ -91,6 +92,23 @@ def whole_run(make_config, tmp_path_factory):
 def whole(whole_run, tmp_path):
   """A copy of it, to change at will."""
   return shutil.copytree(whole_run, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+  "options", [{"spaco_rate": 0.5}, {"kv_memory": "host"}], ids=str
+)
+def test_other_ways_to_run_chunks(config, tmp_path, draw, options):
+  config.train = dataclasses.replace(
+    config.train, num_steps=3, warmup_steps=1, chunk_size=32, **options
+  )
+  loop.train(config, tmp_path)
+  lines = list(metrics.read(tmp_path))
+  assert [line["step"] for line in lines] == [1, 2, 3]
+  assert lines[-1]["bits_per_byte"] < lines[0]["bits_per_byte"]
+  assert all(line["skipped"] == 0 for line in lines)
+  # What drawn chunks cost only the device knows.
+  assert ("mfu" in lines[0]) == ("spaco_rate" not in options)
+  assert draw(tmp_path).stat().st_size > 0
 
 
 def test_a_run_from_start_to_end(config, tmp_path, monkeypatch, draw, capsys):

@@ -21,7 +21,7 @@ from jaxchunk.chunking.lanes import (
 )
 from jaxchunk.chunking.memory import (
   STRATEGIES,
-  KVMemory,
+  MemorySpace,
   Strategy,
   state_bytes_per_token,
 )
@@ -75,7 +75,7 @@ class Options(NamedTuple):
   keep: Keep = "all"
   grad_dtype: str | None = None
   implementation: Backend = "xla"
-  kv_memory: KVMemory = "device"
+  kv_memory: MemorySpace = "device"
 
   def stage(self, cfg: ModelConfig) -> Stage:
     """The stage of all layers."""
@@ -118,7 +118,7 @@ def make_options(
   keep: Keep = "all",
   grad_dtype: str | None = None,
   implementation: Backend | None = None,
-  kv_memory: KVMemory = "device",
+  kv_memory: MemorySpace = "device",
 ) -> Options:
   """Checks and completes what a program is compiled for.
 

@@ -20,7 +20,7 @@ from jaxchunk.chunking.executor import (
   token_nll,
 )
 from jaxchunk.chunking.lanes import capacity_chunks
-from jaxchunk.chunking.memory import KVMemory
+from jaxchunk.chunking.memory import MemorySpace
 from jaxchunk.chunking.ops import Keep
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.kernels.attention.backends import Backend
@@ -47,7 +47,7 @@ def chunked_value_and_grad(
   keep: Keep = "all",
   grad_dtype: str | None = None,
   implementation: Backend | None = None,
-  kv_memory: KVMemory = "device",
+  kv_memory: MemorySpace = "device",
 ) -> tuple[Float[Array, ""], nnx.State]:
   """Loss and gradients of a batch, exactly, in the memory of a chunk.
 
@@ -150,7 +150,7 @@ def lower_chunked(
   keep: Keep = "all",
   grad_dtype: str | None = None,
   implementation: Backend | None = None,
-  kv_memory: KVMemory = "device",
+  kv_memory: MemorySpace = "device",
 ) -> jax.stages.Lowered:
   """The program for one lane of up to `capacity` tokens, not yet compiled.
 

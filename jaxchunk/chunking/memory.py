@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxchunk.models.config import ModelConfig
 
 Strategy = Literal["chunk_outer", "layer_outer"]
-# Where keys, values and their gradients are.
-KVMemory = Literal["device", "host"]
+# Where something that training keeps is.
+MemorySpace = Literal["device", "host"]
 STRATEGIES: tuple[Strategy, ...] = ("chunk_outer", "layer_outer")
 
 

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxchunk.chunking.chunk import Chunk
-from jaxchunk.chunking.memory import KVMemory
+from jaxchunk.chunking.memory import MemorySpace
 from jaxchunk.chunking.scores import weighted_sum
 from jaxchunk.chunking.trainable import Trainable, widened
 from jaxchunk.kernels.cross_entropy.api import (
@@ -55,7 +55,7 @@ def state_of(
   chunk_size: int,
   grad_dtype: str | None = None,
   implementation: str = "xla",
-  kv_memory: KVMemory = "device",
+  kv_memory: MemorySpace = "device",
 ) -> SequenceState:
   """The sequence state of a layer with this attention window."""
   wide = jnp.promote_types(cfg.dtype, jnp.float32).name

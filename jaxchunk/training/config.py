@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from jaxchunk.chunking.memory import KVMemory, Strategy
+from jaxchunk.chunking.memory import MemorySpace, Strategy
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data import config as data_config
 from jaxchunk.data.config import DataConfig
@@ -47,6 +47,9 @@ class TrainConfig:
       (`jaxchunk.SpaCO`); `None` runs all and is exact.
     kv_memory: "host" keeps keys, values and their gradients in host memory
       and brings them to the device a chunk at a time (chunk-outer only).
+    optimizer_memory: "host" keeps the optimizer's state of matrices and
+      embeddings in host memory and brings it to the device a layer at a time
+      (AdamW and Muon).
     optimizer: `"adamw"`, `"adafactor"` or `"muon"` (matrices by Muon, the
       rest by AdamW).
     learning_rate: The peak.
@@ -74,7 +77,8 @@ class TrainConfig:
   live_chunks: int = 1
   strategy: Strategy | None = None
   spaco_rate: float | None = None
-  kv_memory: KVMemory = "device"
+  kv_memory: MemorySpace = "device"
+  optimizer_memory: MemorySpace = "device"
   optimizer: OptimizerName = "adamw"
   learning_rate: float = 1e-3
   schedule: ScheduleName = "cosine"
@@ -185,6 +189,12 @@ def _validate_train(train: TrainConfig) -> None:
     raise ConfigError(
       "train.kv_memory='host' does not go with "
       f"train.spaco_rate={train.spaco_rate}; unset one of them"
+    )
+  if train.optimizer_memory == "host" and train.optimizer == "adafactor":
+    raise ConfigError(
+      "train.optimizer_memory='host' does not go with "
+      "train.optimizer='adafactor', which scales an update by all layers "
+      "together and keeps little; set it to 'device'"
     )
   for name in ("learning_rate", "epsilon", "clip_norm"):
     value = getattr(train, name)

@@ -12,9 +12,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Sharding
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.apply import apply_at_once, apply_by_layer
 
 Params = Any
 """A nested dictionary of arrays."""
@@ -25,7 +27,7 @@ Kind = Literal["matrix", "embedding", "vector"]
 
 _VECTORS = frozenset({"scale", "bias"})
 _EMBEDDINGS = frozenset({"embed", "embedding", "head", "unembed"})
-_STACKS = frozenset({"blocks"})
+_STACKS = "blocks"
 
 
 class OptimizerState(NamedTuple):
@@ -68,7 +70,7 @@ def kinds(params: Params) -> Any:
       return "vector"
     if names & _EMBEDDINGS:
       return "embedding"
-    return "matrix" if leaf.ndim - bool(names & _STACKS) >= 2 else "vector"
+    return "matrix" if leaf.ndim - (_STACKS in names) >= 2 else "vector"
 
   return jax.tree_util.tree_map_with_path(kind, params)
 
@@ -142,6 +144,24 @@ def muon_dimension_numbers(params: Params) -> Any:
   )
 
 
+def state_shardings(
+  train: TrainConfig, state: OptimizerState, device: Sharding
+) -> OptimizerState:
+  """Where each array of the state is.
+
+  Args:
+    train: Its `optimizer_memory` says whether what the optimizer keeps of
+      matrices and embeddings is in host memory.
+    state: The state, or its shapes.
+    device: Where all else is.
+  """
+  host = device.with_memory_kind("pinned_host")
+  away = train.optimizer_memory == "host"
+  return jax.tree.map(
+    lambda kind: host if away and kind != "vector" else device, kinds(state)
+  )
+
+
 def init_state(
   optimizer: optax.GradientTransformation, params: Params
 ) -> OptimizerState:
@@ -157,7 +177,9 @@ Update = Callable[
 ]
 
 
-def make_update(train: TrainConfig) -> Update:
+def make_update(
+  train: TrainConfig, places: OptimizerState | None = None
+) -> Update:
   """Compiles `update(params, state, loss, weight, grads)`; donates the state.
 
   Divides the sums `loss = sum(w * nll)` and `grads` once by
@@ -165,14 +187,23 @@ def make_update(train: TrainConfig) -> Update:
   loss or the norm is not finite nothing changes but the counts of skipped
   steps.
 
+  Args:
+    train: What optimizer, and how.
+    places: `state_shardings`; needed where a part is in host memory.
+
   Returns:
     A function to `(params, state, metrics)`. Its first two arguments are
     gone afterwards.
   """
   optimizer = make_optimizer(train)
   rate = learning_rate_schedule(train)
+  apply = apply_at_once(optimizer)
+  if train.optimizer_memory == "host":
+    apply = apply_by_layer(optimizer, _STACKS)
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  @functools.partial(
+    jax.jit, donate_argnums=(0, 1), out_shardings=(None, places, None)
+  )
   def update(
     params: Params,
     state: OptimizerState,
@@ -186,13 +217,7 @@ def make_update(train: TrainConfig) -> Update:
     factor = 1 / weight
     if train.clip_norm is not None:
       factor *= jnp.minimum(1, train.clip_norm / jnp.maximum(norm, 1e-30))
-    grads = jax.tree.map(lambda g: g * factor, grads)
-    updates, inner = optimizer.update(grads, state.inner, params)
-    stepped = optax.apply_updates(params, updates)
-
-    def keep(new: Array, old: Array) -> Array:
-      return jnp.where(finite, new, old)
-
+    stepped, inner = apply(params, state.inner, grads, factor, finite)
     metrics = UpdateMetrics(
       loss=mean,
       tokens=weight,
@@ -205,8 +230,8 @@ def make_update(train: TrainConfig) -> Update:
       applied=state.applied + finite,
       skipped=metrics.skipped,
       skipped_in_a_row=metrics.skipped_in_a_row,
-      inner=jax.tree.map(keep, inner, state.inner),
+      inner=inner,
     )
-    return jax.tree.map(keep, stepped, params), after, metrics
+    return stepped, after, metrics
 
   return update

@@ -91,18 +91,21 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = checkpoint.target_like(nnx.to_pure_dict(shapes), device)
   init = functools.partial(optimizer.init_state, tx)
+  state_shapes = jax.eval_shape(init, target)
+  places = optimizer.state_shardings(config.train, state_shapes, device)
   restored = checkpoint.restore(
     manager,
     config,
     params=target,
-    optimizer=checkpoint.target_like(jax.eval_shape(init, target), device),
+    optimizer=jax.tree.map(checkpoint.target_like, state_shapes, places),
   )
   corpus = _open(config, workdir, restored)
   batches = training_batches(corpus)
   if restored is None:
     model = Transformer(config.model, rngs=nnx.Rngs(config.train.seed))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    params, state = jax.device_put((params, init(params)), device)
+    params = jax.device_put(params, device)
+    state = jax.jit(init, out_shardings=places)(params)
     step = 0
     with write_errors(workdir):
       corpus.tokenizer.save(workdir / checkpoint.TOKENIZER)
@@ -139,7 +142,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       strategy=config_lib.strategy_of(config.train),
       kv_memory=config.train.kv_memory,
     ),
-    update=optimizer.make_update(config.train),
+    update=optimizer.make_update(config.train, places),
     key=jax.device_put(jax.random.key(config.train.seed), device),
     params=params,
     state=state,

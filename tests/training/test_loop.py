@@ -95,15 +95,18 @@ def whole(whole_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "options", [{"spaco_rate": 0.5}, {"kv_memory": "host"}], ids=str
+  "options",
+  [{"spaco_rate": 0.5}, {"kv_memory": "host", "optimizer_memory": "host"}],
+  ids=str,
 )
-def test_other_ways_to_run_chunks(config, tmp_path, draw, options):
-  config.train = dataclasses.replace(
-    config.train, num_steps=3, warmup_steps=1, chunk_size=32, **options
-  )
-  loop.train(config, tmp_path)
+def test_other_ways_to_train(config, tmp_path, draw, options):
+  for steps in (2, 4):
+    config.train = dataclasses.replace(
+      config.train, num_steps=steps, warmup_steps=1, chunk_size=32, **options
+    )
+    loop.train(config, tmp_path)
   lines = list(metrics.read(tmp_path))
-  assert [line["step"] for line in lines] == [1, 2, 3]
+  assert [line["step"] for line in lines] == [1, 2, 3, 4]
   assert lines[-1]["bits_per_byte"] < lines[0]["bits_per_byte"]
   assert all(line["skipped"] == 0 for line in lines)
   # What drawn chunks cost only the device knows.

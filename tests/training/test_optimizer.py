@@ -204,3 +204,30 @@ def test_a_step_that_is_not_finite_changes_nothing(name, bad, params):
   jax.tree.map(np.testing.assert_array_equal, before[1].inner, skipped.inner)
   _, _, metrics = update(after, skipped, jnp.float32(1), jnp.float32(1), good)
   assert (metrics.skipped, metrics.skipped_in_a_row) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_on_the_host_gives_the_same_updates(name, params):
+  train = TrainConfig(optimizer=name, num_steps=10, warmup_steps=0)
+  away = dataclasses.replace(train, optimizer_memory="host")
+  good, device = gradients(params), jax.tree.leaves(params)[0].sharding
+  bad = {**good, "embed": good["embed"].at[1, 1].set(jnp.inf)}
+  ends = []
+  for options in (train, away):
+    params_now, state = begin(options, params)
+    places = optimizer.state_shardings(options, state, device)
+    state = jax.device_put(state, places)
+    update = optimizer.make_update(options, places)
+    for grads in (good, bad, jax.tree.map(jnp.negative, good), good):
+      old = params_now, state
+      params_now, state, _ = update(*old, jnp.float32(1), jnp.float32(2), grads)
+      assert all(x.is_deleted() for x in jax.tree.leaves(old))
+    found = jax.tree.map(lambda x: x.sharding, state.inner)
+    ends.append(jax.device_get((params_now, state)))
+  host = jax.tree.map(lambda x: x.memory_kind == "pinned_host", found)
+  kinds = optimizer.kinds(state.inner)
+  assert host == jax.tree.map(lambda kind: kind != "vector", kinds)
+  assert any(jax.tree.leaves(host))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *ends
+  )

@@ -1,0 +1,150 @@
+"""How an update is applied: at once, or by layer from a state in host memory.
+
+By layer, the layers of a stack go through a loop: each brings its own part of
+the optimizer's state to the device and takes it back, so that the device holds
+no more than a layer's, and what is not stacked (embeddings) whole. Only
+optimizers that update each layer of each array by itself can be run so.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+Tree = Any
+"""A pytree of arrays."""
+
+Apply = Callable[
+  [Tree, optax.OptState, Tree, Float[Array, ""], Bool[Array, ""]],
+  tuple[Tree, optax.OptState],
+]
+"""`(params, state, grads, factor, finite)` to the new params and state.
+
+Gradients are multiplied by `factor`; without `finite` nothing changes.
+"""
+
+_HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
+
+def apply_at_once(optimizer: optax.GradientTransformation) -> Apply:
+  """The update with everything on the device."""
+
+  def apply(
+    params: Tree, state: optax.OptState, grads: Tree, factor: Any, finite: Any
+  ) -> tuple[Tree, optax.OptState]:
+    grads = jax.tree.map(lambda g: g * factor, grads)
+    updates, after = optimizer.update(grads, state, params)
+    stepped = optax.apply_updates(params, updates)
+
+    def keep(new: Array, old: Array) -> Array:
+      return jnp.where(finite, new, old)
+
+    return jax.tree.map(keep, stepped, params), jax.tree.map(keep, after, state)
+
+  return apply
+
+
+def apply_by_layer(
+  optimizer: optax.GradientTransformation, stacks: str
+) -> Apply:
+  """The update of a state that is, in part, in host memory.
+
+  Args:
+    optimizer: Updates each layer of each array by itself.
+    stacks: The entry of the parameters whose values are stacks: the leading
+      axis of each array in a stack is its layers.
+  """
+  at_once = apply_at_once(optimizer)
+
+  def part_of(params: Tree, arrays: dict[str, Array]) -> optax.OptState:
+    """The state of some of the parameters, out of all its arrays."""
+    shapes = jax.eval_shape(optimizer.init, params)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: arrays[_name(path)], shapes
+    )
+
+  def apply(
+    params: Tree, state: optax.OptState, grads: Tree, factor: Any, finite: Any
+  ) -> tuple[Tree, optax.OptState]:
+    before = _by_name(state)
+    rest = {name: tree for name, tree in params.items() if name != stacks}
+    part = part_of(rest, before)
+    rest_grads = {name: grads[name] for name in rest}
+    stepped, new = at_once(rest, _fetch(part), rest_grads, factor, finite)
+    # With the counts of updates, which are in every part.
+    after = _by_name(_store(new, part))
+
+    def run_stack(index: Any) -> Tree:
+      """Updates the layers of a stack one after the other."""
+      part = part_of({stacks: {index: params[stacks][index]}}, before)
+      own = {n: a for n, a in _by_name(part).items() if n not in after}
+
+      def layer(at: Any, carry: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+        whole, own = carry
+        one, g = (_slice(a, at) for a in (whole, grads[stacks][index]))
+        mine = _slice(own, at)
+        one = {stacks: {index: one}}
+        new, new_part = at_once(
+          one,
+          part_of(one, before | _fetch(mine)),
+          {stacks: {index: g}},
+          factor,
+          finite,
+        )
+        found = _by_name(new_part)
+        mine = _store({name: found[name] for name in mine}, mine)
+        return _put(whole, new[stacks][index], at), _put(own, mine, at)
+
+      whole = params[stacks][index]
+      layers = len(jax.tree.leaves(whole)[0])
+      whole, own = lax.fori_loop(0, layers, layer, (whole, own))
+      after.update(own)
+      return whole
+
+    stepped[stacks] = {index: run_stack(index) for index in params[stacks]}
+    return stepped, jax.tree_util.tree_map_with_path(
+      lambda path, _: after[_name(path)], state
+    )
+
+  return apply
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  return jax.tree_util.keystr(path)
+
+
+def _by_name(tree: Tree) -> dict[str, Array]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {_name(path): leaf for path, leaf in leaves}
+
+
+def _on_host(x: Array) -> bool:
+  return jax.typeof(x).memory_space == _HOST
+
+
+def _fetch(tree: Tree) -> Tree:
+  """Brings what is in host memory to the device."""
+  return jax.tree.map(
+    lambda x: jax.device_put(x, _DEVICE) if _on_host(x) else x, tree
+  )
+
+
+def _store(new: Tree, like: Tree) -> Tree:
+  """Takes to the host what was there."""
+  return jax.tree.map(
+    lambda x, old: jax.device_put(x, _HOST) if _on_host(old) else x, new, like
+  )
+
+
+def _slice(stack: Tree, at: Any) -> Tree:
+  return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at, 1, 0), stack)
+
+
+def _put(stack: Tree, one: Tree, at: Any) -> Tree:
+  return jax.tree.map(
+    lambda x, new: lax.dynamic_update_slice_in_dim(x, new, at, 0), stack, one
+  )

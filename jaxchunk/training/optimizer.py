@@ -15,8 +15,8 @@ import optax
 from jax.sharding import Sharding
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.apply import apply_at_once, apply_by_layer
+from jaxchunk.training.config import TrainConfig
 
 Params = Any
 """A nested dictionary of arrays."""

@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxchunk as jc
 from jaxchunk import targets
 from jaxchunk.training import checkpoint, optimizer
-from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.apply import apply_by_layer
+from jaxchunk.training.config import TrainConfig
 
 TRAIN = TrainConfig(num_steps=10, optimizer_memory="host")
 

@@ -9,6 +9,7 @@ be caught.
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,9 @@ import jaxchunk as jc
 from jaxchunk.chunking.executor import make_options
 from jaxchunk.evaluation import isolation
 from jaxchunk.evaluation.isolation import MASKS, attention_leaks, model_leaks
+from jaxchunk.evaluation.isolation_paged import paged_leaks
+from jaxchunk.kernels.paged_attention import pallas_gpu, pallas_tpu, xla
+from jaxchunk.kernels.paged_attention.reference import paged_reference
 
 try:
   from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
@@ -72,6 +76,12 @@ def model_run(way: isolation.Way) -> Callable[[int], int]:
   )
 
 
+def paged_run(operation: Any, **options: Any) -> Callable[[int], int]:
+  return lambda packings: len(
+    paged_leaks(operation, packings=packings, seed=_SEED.value, **options)
+  )
+
+
 def implementations() -> dict[str, Callable[[int], int]]:
   model = jc.Transformer(_MODEL, rngs=nnx.Rngs(_SEED.value))
 
@@ -93,6 +103,15 @@ def implementations() -> dict[str, Callable[[int], int]]:
     "layer_outer": chunks(strategy="layer_outer"),
     "spaco": chunks(strategy=jc.SpaCO(0.5)),
     "whole rows": model_run(isolation.in_whole_rows(model, "reference")),
+    "paged reference": paged_run(paged_reference),
+    "paged xla": paged_run(xla.paged_forward),
+    "paged pallas_tpu": paged_run(
+      functools.partial(pallas_tpu.tpu_paged_forward, interpret=True)
+    ),
+    "paged pallas_gpu": paged_run(
+      functools.partial(pallas_gpu.gpu_paged_forward, interpret=gpu),
+      dtype="bfloat16",
+    ),
   }
 
 

@@ -202,7 +202,7 @@ def _replaced(
   return Inputs(*new)
 
 
-def _different(a: Any, b: Any) -> np.ndarray:
+def different(a: Any, b: Any) -> np.ndarray:
   """Where two arrays differ in bits; zeros are one, and NaN is itself."""
   a, b = (np.ascontiguousarray(x) for x in (a, b))
   bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[a.dtype.itemsize]
@@ -261,7 +261,7 @@ def attention_leaks(
     count = min(rows, packings - first)
     for name, a, b in zip(Outputs._fields, before, after, strict=True):
       ids = (kv if name in ("dk", "dv") else q)[:count]
-      numbers = _different(a, b)[:count]
+      numbers = different(a, b)[:count]
       moved = numbers.reshape(*numbers.shape[:2], -1).any(2)
       leaks += _row_leaks(first, name, ids, changed, moved)
   return leaks
@@ -354,10 +354,10 @@ def model_leaks(
       fields = {"tokens": tokens, "targets": targets, "segment_ids": ids}
       results.append(run(Batch.of(fields | {"weights": weights})))
     (nll, grads), (nll_after, grads_after) = results
-    moved = _different(nll, nll_after)
+    moved = different(nll, nll_after)
     found = _row_leaks(0, "nll", ids, np.asarray([changed]), moved)
     leaks += [dataclasses.replace(leak, packing=packing) for leak in found]
     pairs = zip(grads, grads_after, strict=True)
-    if any(_different(a, b).any() for a, b in pairs):
+    if any(different(a, b).any() for a, b in pairs):
       leaks.append(Leak(packing, "gradient", (0, changed), None))
   return leaks

@@ -1,6 +1,7 @@
 """Packed documents do not see each other; broken masks are caught."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,10 @@ import jaxchunk as jc
 from jaxchunk.chunking.executor import make_options
 from jaxchunk.evaluation import isolation
 from jaxchunk.evaluation.isolation import MASKS, attention_leaks, model_leaks
+from jaxchunk.evaluation.isolation_paged import paged_leaks
+from jaxchunk.kernels.paged_attention import pallas_tpu, xla
+from jaxchunk.kernels.paged_attention.pages import PageView
+from jaxchunk.kernels.paged_attention.reference import paged_reference
 from tests.chunking.conftest import RICH, build
 
 LENGTH = 64
@@ -102,3 +107,27 @@ def test_model_in_whole_rows(model, name):
 
   leaks = model_leaks(forgetful, packings=4, **arguments)
   assert {leak.what for leak in leaks} == {"nll", "gradient"}
+
+
+PAGED = {
+  "reference": paged_reference,
+  "xla": xla.paged_forward,
+  "pallas_tpu": functools.partial(pallas_tpu.tpu_paged_forward, interpret=True),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_rows_of_a_paged_cache(name):
+  assert not paged_leaks(PAGED[name], packings=8)
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_a_page_of_another_row_is_caught(name):
+  def broken(q, pages, view, *args, **options):
+    first = jnp.roll(view.table[:, :, 0], 1, axis=0)
+    view = PageView(view.table.at[:, :, 0].set(first), view.lengths)
+    return PAGED[name](q, pages, view, *args, **options)
+
+  leaks = paged_leaks(broken, packings=8)
+  assert {leak.what for leak in leaks} == {"o", "lse"}
+  assert all(leak.changed != leak.harmed for leak in leaks)

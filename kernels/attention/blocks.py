@@ -128,10 +128,20 @@ def _id_range(
   return jnp.where(ids > 0, ids, top).min(-1), ids.max(-1)
 
 
-def live_indices(live: Bool[Array, "I J"]) -> tuple[Array, Array]:
-  """For each row the columns that are set, first; and how many they are."""
+def live_indices(
+  live: Bool[Array, "I J"], *, first: Bool[Array, "I J"] | None = None
+) -> tuple[Array, Array]:
+  """For each row the columns that are set, in front; and how many they are.
+
+  Of these, the ones that are set in `first` come first.
+  """
   rows, columns = live.shape
   place = jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1
+  if first is not None:
+    others = jnp.cumsum(live & ~first, axis=1, dtype=jnp.int32)
+    before = jnp.sum(first, axis=1, dtype=jnp.int32, keepdims=True)
+    # A column comes behind `place + 1 - others` of the first ones.
+    place = jnp.where(first, place - others, before + others - 1)
   place = jnp.where(live, place, columns)
   column = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), live.shape)
   row = jnp.broadcast_to(jnp.arange(rows)[:, None], live.shape)

@@ -9,6 +9,8 @@ costs nothing.
 X = B * K key heads; a layer of a cache is at heads `layer * X` of all.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxchunk.kernels.attention.blocks import (
   Grid,
   Visible,
+  full_blocks,
   live_blocks,
   live_indices,
 )
@@ -49,6 +52,7 @@ class _Work(NamedTuple):
     block: `[rows]` its block.
     listed: `[rows,M]` its list, -1 behind its end.
     length: `[rows]` how many entries that is, descending.
+    full: `[rows]` how many of them, the first ones, need no mask.
     visible: The rest of the mask, in fields `[X,T]` and `[X,S]`.
   """
 
@@ -59,6 +63,7 @@ class _Work(NamedTuple):
   block: Int[Array, " rows"]
   listed: Int[Array, "rows M"]
   length: Int[Array, " rows"]
+  full: Int[Array, " rows"]
   visible: Visible
 
   @classmethod
@@ -74,14 +79,16 @@ class _Work(NamedTuple):
     B, K, G, T, _ = q.shape
     grid = Grid(T, S, mask.q_block, mask.kv_block)
     live = mask.table_blocks(S) & live_blocks(mask, grid)[:, None]
+    full = live & full_blocks(mask, grid)[:, None]
     if by_key:
-      live = live.swapaxes(2, 3)
+      live, full = live.swapaxes(2, 3), full.swapaxes(2, 3)
     rows, blocks = live.shape[2:]
     size = grid.bq if by_key else grid.bk
     merged = max(1, min(_TOKENS // size, blocks))
     scores = G * grid.bq * grid.bk * merged
     together = max(1, min(_SCORES // scores, B * K * rows))
-    listed, count = live_indices(live.reshape(-1, blocks))
+    full = full.reshape(-1, blocks)
+    listed, count = live_indices(live.reshape(-1, blocks), first=full)
     listed = jnp.where(jnp.arange(blocks)[None] < count[:, None], listed, -1)
     order = jnp.argsort(-count, stable=True)
     pad = (0, -len(order) % together)
@@ -98,6 +105,7 @@ class _Work(NamedTuple):
       filler % rows,
       jnp.pad(listed[order], (pad, (0, -blocks % merged)), constant_values=-1),
       jnp.pad(count[order], pad),
+      jnp.pad(full.sum(1, dtype=jnp.int32)[order], pad),
       visible,
     )
 
@@ -105,13 +113,26 @@ class _Work(NamedTuple):
     """Groups of rows in which some list is not empty."""
     return -(-jnp.sum(self.length > 0) // self.together)
 
-  def group(self, g: Any) -> tuple[Array, Array, Any]:
-    """Heads and blocks of the rows of group g, and how many steps it takes."""
+  def group(self, g: Any) -> tuple[Array, Array]:
+    """Heads and blocks of the rows of group g."""
     at, size = g * self.together, self.together
     head, block = (
       lax.dynamic_slice_in_dim(a, at, size) for a in (self.head, self.block)
     )
-    return head, block, -(-self.length[at] // self.merged)
+    return head, block
+
+  def walk(
+    self, g: Any, visit: Callable[[Any, bool, Any], Any], carry: Any
+  ) -> Any:
+    """`carry = visit(n, masked, carry)` for each step n of group g."""
+    at, size = g * self.together, self.together
+    full = lax.dynamic_slice_in_dim(self.full, at, size).min() // self.merged
+    steps = -(-self.length[at] // self.merged)
+    for start, end, masked in ((0, full, False), (full, steps, True)):
+      carry = lax.fori_loop(
+        start, end, functools.partial(_visit, visit, masked), carry
+      )
+    return carry
 
   def rows_in(self, g: Any) -> Any:
     """How many rows of group g are rows: in the last some are filler."""
@@ -162,19 +183,21 @@ def sparse_forward(
   caches = _cache(k), _cache(v)
 
   def attend_group(g: Any, out: tuple[Array, Array]) -> tuple[Array, Array]:
-    x, i, steps = work.group(g)
+    x, i = work.group(g)
     q_i = _gather(heads, x, i[:, None], grid.bq)
 
-    def step(n: Any, carry: SoftmaxCarry) -> SoftmaxCarry:
+    def step(n: Any, masked: bool, carry: SoftmaxCarry) -> SoftmaxCarry:
       j = work.step(g, n)
       k_j, v_j = (
         _gather_keys(a, layer * len(heads) + x, j, grid.bk) for a in caches
       )
-      seen = work.seen(x, i[:, None], j, by_key=False)[:, None]
+      seen = None
+      if masked:
+        seen = work.seen(x, i[:, None], j, by_key=False)[:, None]
       return softmax_step(carry, q_i, k_j, v_j, seen, scale, softcap)
 
     start = vary_like(softmax_start(q_i), q, k, v, mask, layer)
-    ends = softmax_end(lax.fori_loop(0, steps, step, start), q.dtype)
+    ends = softmax_end(work.walk(g, step, start), q.dtype)
 
     def put(w: Any, out: tuple[Array, Array]) -> tuple[Array, Array]:
       at = _at(x[w], 0, i[w] * grid.bq, 0)
@@ -221,16 +244,18 @@ def sparse_backward(
   wide = jnp.promote_types(q.dtype, jnp.float32)
 
   def key_group(g: Any, carry: tuple[Array, Array, Array]) -> Any:
-    x, j, steps = work.group(g)
+    x, j = work.group(g)
     k_j, v_j = (
       _gather_keys(a, layer * X + x, j[:, None], grid.bk) for a in caches
     )
 
-    def step(n: Any, carry: tuple[Array, Array, Array]) -> Any:
+    def step(n: Any, masked: bool, carry: tuple[Array, Array, Array]) -> Any:
       dq, dk_j, dv_j = carry
       i = work.step(g, n)
       q_i, do_i, lse_i, delta_i = (_gather(a, x, i, grid.bq) for a in by_query)
-      seen = work.seen(x, i, j[:, None], by_key=True)[:, :, None]
+      seen = None
+      if masked:
+        seen = work.seen(x, i, j[:, None], by_key=True)[:, :, None]
       dq_i, dk_i, dv_i = pair_gradient(
         q_i, k_j, v_j, seen, lse_i, delta_i, do_i, scale, softcap
       )
@@ -239,7 +264,7 @@ def sparse_backward(
 
     dq, dk, dv = carry
     zero = vary_like(jnp.zeros(k_j.shape, wide), dq)
-    dq, dk_j, dv_j = lax.fori_loop(0, steps, step, (dq, zero, zero))
+    dq, dk_j, dv_j = work.walk(g, step, (dq, zero, zero))
     dk_j *= scale
 
     def add(w: Any, buffers: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -260,6 +285,12 @@ def sparse_backward(
     0, work.groups(), key_group, vary_like(start, inputs)
   )
   return dq.astype(q.dtype).reshape(q.shape), dk, dv
+
+
+def _visit(
+  visit: Callable[[Any, bool, Any], Any], masked: bool, n: Any, carry: Any
+) -> Any:
+  return visit(n, masked, carry)
 
 
 def _cache(a: Float[Array, "L B K S H"]) -> Float[Array, "LX S H"]:

@@ -1,20 +1,18 @@
 """Eight forced CPU devices, strict rank promotion, few programs at a time.
 
-A test runs its programs once or twice, so LLVM does not optimise them: the suite
-takes 0.6 of the time. For programs as users have them set
+A test runs its programs once or twice, so LLVM does not optimise them: the
+suite takes 0.6 of the time. For programs as users have them set
 `XLA_FLAGS=--xla_backend_optimization_level=3`, as `.ci/run` does on the newest
-Python.
+Python: the last one of two equal flags counts.
 """
 
 import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-flags = os.environ.get("XLA_FLAGS", "")
-if "xla_backend_optimization_level" not in flags:
-  flags += " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = (
-  flags
+  "--xla_backend_optimization_level=0 "
+  + os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8"
   + " --xla_cpu_collective_call_warn_stuck_timeout_seconds=2"
   + " --xla_cpu_collective_call_terminate_timeout_seconds=5"

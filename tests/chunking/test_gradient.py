@@ -79,9 +79,9 @@ def test_reference_against_finite_differences(x64):
   grads = reference(state)[1]
 
   def along(direction, step):
-    return reference(
-      jax.tree.map(lambda a, d: a + step * d, state, direction)
-    )[0]
+    return reference(jax.tree.map(lambda a, d: a + step * d, state, direction))[
+      0
+    ]
 
   for seed in range(2):
     keys = iter(jax.random.split(jax.random.key(seed), 99))

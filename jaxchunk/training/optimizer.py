@@ -155,10 +155,11 @@ def state_shardings(
     state: The state, or its shapes.
     device: Where all else is.
   """
-  host = device.with_memory_kind("pinned_host")
-  away = train.optimizer_memory == "host"
+  large = device
+  if train.optimizer_memory == "host":
+    large = device.with_memory_kind("pinned_host")
   return jax.tree.map(
-    lambda kind: host if away and kind != "vector" else device, kinds(state)
+    lambda kind: device if kind == "vector" else large, kinds(state)
   )
 
 

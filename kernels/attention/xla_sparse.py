@@ -9,7 +9,6 @@ costs nothing.
 X = B * K key heads; a layer of a cache is at heads `layer * X` of all.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -128,11 +127,8 @@ class _Work(NamedTuple):
     at, size = g * self.together, self.together
     full = lax.dynamic_slice_in_dim(self.full, at, size).min() // self.merged
     steps = -(-self.length[at] // self.merged)
-    for start, end, masked in ((0, full, False), (full, steps, True)):
-      carry = lax.fori_loop(
-        start, end, functools.partial(_visit, visit, masked), carry
-      )
-    return carry
+    carry = lax.fori_loop(0, full, lambda n, c: visit(n, False, c), carry)
+    return lax.fori_loop(full, steps, lambda n, c: visit(n, True, c), carry)
 
   def rows_in(self, g: Any) -> Any:
     """How many rows of group g are rows: in the last some are filler."""
@@ -285,12 +281,6 @@ def sparse_backward(
     0, work.groups(), key_group, vary_like(start, inputs)
   )
   return dq.astype(q.dtype).reshape(q.shape), dk, dv
-
-
-def _visit(
-  visit: Callable[[Any, bool, Any], Any], masked: bool, n: Any, carry: Any
-) -> Any:
-  return visit(n, masked, carry)
 
 
 def _cache(a: Float[Array, "L B K S H"]) -> Float[Array, "LX S H"]:

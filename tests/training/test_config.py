@@ -68,6 +68,24 @@ def test_what_cannot_go_with_drawn_chunks(config, field, value):
     config_lib.validate(config)
 
 
+@pytest.mark.parametrize(
+  ("memory", "field", "value"),
+  [
+    ("kv_memory", "strategy", "layer_outer"),
+    ("kv_memory", "spaco_rate", 0.25),
+    ("optimizer_memory", "optimizer", "adafactor"),
+  ],
+)
+def test_what_cannot_go_with_host_memory(config, memory, field, value):
+  config.train.live_chunks = 0
+  setattr(config.train, memory, "host")
+  config_lib.validate(config)
+  setattr(config.train, field, value)
+  message = f"{memory}='host' does not go with train.{field}={value!r}"
+  with pytest.raises(ConfigError, match=message):
+    config_lib.validate(config)
+
+
 def test_a_rate_becomes_a_strategy(config):
   config.train.spaco_rate, config.train.live_chunks = 0.25, 0
   config_lib.validate(config)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     full_value_and_grad as full_value_and_grad,
   )
   from jaxchunk.chunking.spaco import SpaCO as SpaCO
+  from jaxchunk.interop.hugging_face import load_hf as load_hf
+  from jaxchunk.interop.hugging_face import save_hf as save_hf
   from jaxchunk.kernels.attention.api import attention as attention
   from jaxchunk.kernels.attention.mask import AttentionMask as AttentionMask
   from jaxchunk.kernels.cross_entropy.api import (
@@ -37,7 +39,9 @@ _EXPORTS = {
   "chunked_value_and_grad": "jaxchunk.chunking.gradient",
   "full_value_and_grad": "jaxchunk.chunking.reference",
   "linear_cross_entropy": "jaxchunk.kernels.cross_entropy.api",
+  "load_hf": "jaxchunk.interop.hugging_face",
   "lower_chunked": "jaxchunk.chunking.gradient",
+  "save_hf": "jaxchunk.interop.hugging_face",
 }
 
 __all__ = sorted(_EXPORTS)

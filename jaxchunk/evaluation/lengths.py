@@ -7,15 +7,18 @@ from jaxchunk.models.rope import YarnScaling
 
 
 def position_limit(cfg: ModelConfig) -> int | None:
-  """Tokens that a model's position embedding was made for, if it says so.
+  """Tokens that a model was made for, if it says so.
 
-  A rotary embedding has no last position. YaRN's numbers do name the length it
-  reaches, `original_length * factor`. The others do not: Llama 3.1 has an
-  original length of 8,192 and a factor of 8 and is made for 131,072.
+  That is its `context_length`; without one, what YaRN's numbers name,
+  `original_length * factor`. A rotary embedding has no last position, and the
+  numbers of the other scalings name none: Llama 3.1 has an original length of
+  8,192 and a factor of 8 and is made for 131,072.
 
   Returns:
-    The least limit of the embeddings in use; `None` where none is named.
+    The limit; of several embeddings the least; `None` where none is named.
   """
+  if cfg.context_length is not None:
+    return cfg.context_length
   ropes = {cfg.rope_of(window) for window in cfg.window_pattern}
   limits = [
     int(rope.scaling.original_length * rope.scaling.factor)
@@ -53,9 +56,9 @@ def check_lengths(
       raise ValueError(f"length={length} must be at least 1")
     if limit is not None and length > limit and not extrapolate:
       raise ValueError(
-        f"length={length} is beyond the model's {limit} positions (its rope's "
-        "original_length times factor); choose shorter lengths, or allow it "
-        "with extrapolate (--extrapolate)"
+        f"length={length} is beyond the model's {limit} positions (its "
+        "context_length, or its rope's original_length times factor); choose "
+        "shorter lengths, or allow it with extrapolate (--extrapolate)"
       )
   bounds = [b for b in (limit, trained_length) if b is not None]
   return [n for n in lengths if bounds and n > min(bounds)]

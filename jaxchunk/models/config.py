@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from jaxchunk.models.rope import Rope
 
+HeadNorm = Literal["head", "all"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -31,16 +32,21 @@ class ModelConfig:
     rope: Rotary embedding of full-attention layers.
     local_rope: That of window layers; `None` means the same.
     activation: Of the MLP's gate.
-    qk_norm: RMSNorm over each head of q and k.
+    qk_norm: RMSNorm on q and k.
+    qk_norm_over: Whether that is over each "head", or over "all" heads of q,
+      and of k, together.
     attention_softcap: Cap on attention scores.
     logit_softcap: Cap on logits.
     attention_scale: Factor on attention scores; `None` means H ** -0.5.
     tie_embeddings: The head is the embedding.
     qkv_bias: Biases on q, k and v.
-    post_norms: RMSNorm also on the output of attention and MLP.
+    pre_norms: RMSNorm on the input of attention and MLP.
+    post_norms: RMSNorm on their output.
     unit_offset_norm: Norms multiply by 1 + scale.
     scale_embeddings: Embeddings are multiplied by D ** 0.5.
     norm_eps: Added to the mean square in norms.
+    context_length: Longest sequence that the model was made for, in tokens;
+      `None` where nobody says.
     dropout: Rate on the output of attention and MLP, in training only.
     dtype: Of activations and matrix products.
     param_dtype: Of parameters.
@@ -58,15 +64,18 @@ class ModelConfig:
   local_rope: Rope | None = None
   activation: Activation = "silu"
   qk_norm: bool = False
+  qk_norm_over: HeadNorm = "head"
   attention_softcap: float | None = None
   logit_softcap: float | None = None
   attention_scale: float | None = None
   tie_embeddings: bool = False
   qkv_bias: bool = False
+  pre_norms: bool = True
   post_norms: bool = False
   unit_offset_norm: bool = False
   scale_embeddings: bool = False
   norm_eps: float = 1e-6
+  context_length: int | None = None
   dropout: float = 0.0
   dtype: DType = "float32"
   param_dtype: DType = "float32"
@@ -157,22 +166,25 @@ class ModelConfig:
         f"head_dim={self.head_width} must be even: rotary embeddings turn "
         "pairs of channels"
       )
+    for name in ("rope", "local_rope"):
+      self._check_rope(name)
     self._check_window_pattern()
     for name in ("attention_softcap", "logit_softcap", "attention_scale"):
       value = getattr(self, name)
       if value is not None and not value > 0:
         raise ValueError(f"{name}={value} must be positive, or None")
+    if not (self.pre_norms or self.post_norms):
+      raise ValueError(
+        "pre_norms and post_norms are both off; a layer needs one of them"
+      )
+    if self.context_length is not None:
+      _check_positive("context_length", self.context_length)
     if not self.norm_eps > 0:
       raise ValueError(f"norm_eps={self.norm_eps} must be positive")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-    if not isinstance(self.rope, Rope):
-      raise ValueError(f"rope={self.rope!r} must be a Rope")
-    if not isinstance(self.local_rope, Rope | None):
-      raise ValueError(
-        f"local_rope={self.local_rope!r} must be a Rope, or None"
-      )
     for name, kind in (
+      ("qk_norm_over", HeadNorm),
       ("activation", Activation),
       ("dtype", DType),
       ("param_dtype", DType),
@@ -182,6 +194,15 @@ class ModelConfig:
           f"{name}={getattr(self, name)!r} is not one of "
           f"{list(typing.get_args(kind))}"
         )
+
+  def _check_rope(self, name: str) -> None:
+    rope = getattr(self, name)
+    if name == "local_rope" and rope is None:
+      return
+    if not isinstance(rope, Rope):
+      other = ", or None" if name == "local_rope" else ""
+      raise ValueError(f"{name}={rope!r} must be a Rope{other}")
+    rope.check(self.head_width, name)
 
   def _check_window_pattern(self) -> None:
     if not self.window_pattern:

@@ -104,6 +104,64 @@ def mistral(*, window: int | None = None, **fields: Any) -> ModelConfig:
   return ModelConfig(**(family | fields))
 
 
+def phi3(*, window: int | None = None, **fields: Any) -> ModelConfig:
+  """Phi 3 and 4: Llama's block, q, k, v and gate, up published as one matrix.
+
+  Args:
+    window: Attention window of every layer; `None` is full attention.
+    **fields: Of `ModelConfig`; replace what the family sets. Those for long
+      contexts have a `LongRopeScaling`; Phi 4 mini has
+      `rope=Rope(fraction=0.75, ...)` and is tied.
+
+  Returns:
+    The configuration.
+  """
+  family: dict[str, Any] = {
+    "vocab_size": 32_064,
+    "norm_eps": 1e-5,
+    "window_pattern": (window,),
+  }
+  return ModelConfig(**(family | fields))
+
+
+def smollm(**fields: Any) -> ModelConfig:
+  """SmolLM 1 and 2: a small Llama, tied.
+
+  Args:
+    **fields: Of `ModelConfig`; replace what the family sets.
+
+  Returns:
+    The configuration.
+  """
+  family: dict[str, Any] = {
+    "vocab_size": 49_152,
+    "norm_eps": 1e-5,
+    "rope": Rope(theta=100_000.0),
+    "tie_embeddings": True,
+  }
+  return ModelConfig(**(family | fields))
+
+
+def olmo2(**fields: Any) -> ModelConfig:
+  """OLMo 2: norms on outputs alone, and on all heads of q, and of k, at once.
+
+  Args:
+    **fields: Of `ModelConfig`; replace what the family sets.
+
+  Returns:
+    The configuration.
+  """
+  family: dict[str, Any] = {
+    "vocab_size": 100_352,
+    "rope": Rope(theta=500_000.0),
+    "qk_norm": True,
+    "qk_norm_over": "all",
+    "pre_norms": False,
+    "post_norms": True,
+  }
+  return ModelConfig(**(family | fields))
+
+
 def gemma(**fields: Any) -> ModelConfig:
   """Gemma 1: GeGLU, scaled and tied embeddings, norms by 1 + scale.
 
@@ -272,6 +330,26 @@ PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType(
     "mistral-nemo-12b": _size(
       mistral, 5120, 40, 32, 8, 14336, vocab_size=131_072, head_dim=128
     ),
+    "phi3-mini-4k": _size(phi3, 3072, 32, 32, 32, 8192, window=2047),
+    "phi4-14b": _size(
+      phi3,
+      5120,
+      40,
+      40,
+      10,
+      17920,
+      vocab_size=100_352,
+      rope=Rope(theta=250_000.0),
+    ),
+    "smollm2-135m": _size(smollm, 576, 30, 9, 3, 1536),
+    "smollm2-360m": _size(smollm, 960, 32, 15, 5, 2560),
+    "smollm2-1.7b": _size(
+      smollm, 2048, 24, 32, 32, 8192, rope=Rope(theta=130_000.0)
+    ),
+    "olmo2-1b": _size(olmo2, 2048, 16, 16, 16, 8192),
+    "olmo2-7b": _size(olmo2, 4096, 32, 32, 32, 11008),
+    "olmo2-13b": _size(olmo2, 5120, 40, 40, 40, 13824),
+    "olmo2-32b": _size(olmo2, 5120, 64, 40, 8, 27648),
     "gemma-2b": _size(gemma, 2048, 18, 8, 1, 16384),
     "gemma-7b": _size(gemma, 3072, 28, 16, 16, 24576),
     "gemma2-2b": _size(gemma2, 2304, 26, 8, 4, 9216),

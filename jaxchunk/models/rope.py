@@ -1,7 +1,8 @@
 """Rotary position embeddings and their ways to reach longer contexts.
 
 All scalings here are functions of the position alone, never of the length of
-the sequence, so that a token is embedded the same in every chunk.
+the sequence at hand, so that a token is embedded the same in every chunk.
+Where the published scaling follows that length, it is set once: `length`.
 """
 
 import dataclasses
@@ -64,7 +65,56 @@ class YarnScaling:
   truncate: bool = True
 
 
-Scaling = LinearScaling | NtkScaling | Llama3Scaling | YarnScaling
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicNtkScaling:
+  """NTK-aware, with the factor that transformers takes at a length.
+
+  Attributes:
+    factor: Of the base, as `NtkScaling`, is then
+      `factor * length / original_length - (factor - 1)`.
+    original_length: Context length of the first training, in tokens.
+    length: That of the longest sequence; up to `original_length` nothing is
+      scaled.
+  """
+
+  factor: float
+  original_length: int
+  length: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+  """A divisor for each frequency (Ding et al., arXiv 2402.13753).
+
+  Attributes:
+    short_factors: Divisors up to `original_length`.
+    long_factors: Divisors beyond it.
+    original_length: Context length of the first training, in tokens.
+    length: That of the longest sequence; decides which divisors are used.
+    attention_factor: Multiplies q and k.
+  """
+
+  short_factors: tuple[float, ...]
+  long_factors: tuple[float, ...]
+  original_length: int
+  length: int
+  attention_factor: float = 1.0
+
+  @property
+  def factors(self) -> tuple[float, ...]:
+    """The divisors in use."""
+    long = self.length > self.original_length
+    return self.long_factors if long else self.short_factors
+
+
+Scaling = (
+  LinearScaling
+  | NtkScaling
+  | Llama3Scaling
+  | YarnScaling
+  | DynamicNtkScaling
+  | LongRopeScaling
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +122,9 @@ class Rope:
   """A rotary embedding.
 
   Attributes:
-    theta: The base: channel pair c turns by `theta ** (-2c / H)` a token.
+    theta: The base: channel pair c turns by `theta ** (-2c / R)` a token.
     scaling: How it reaches beyond the context length of the first training.
+    fraction: R / H: the first R channels of a head turn, the others stay.
 
   Raises:
     ValueError: A number is impossible; names it and its value.
@@ -81,11 +132,20 @@ class Rope:
 
   theta: float = 10_000.0
   scaling: Scaling | None = None
+  fraction: float = 1.0
 
   def __post_init__(self) -> None:
     if not self.theta > 1:
       raise ValueError(f"rope theta={self.theta} must be more than 1")
-    for name in ("factor", "original_length", "low_freq_factor", "beta_slow"):
+    if not 0 < self.fraction <= 1:
+      raise ValueError(f"rope fraction={self.fraction} must be in (0, 1]")
+    for name in (
+      "factor",
+      "original_length",
+      "length",
+      "low_freq_factor",
+      "beta_slow",
+    ):
       value = getattr(self.scaling, name, 1)
       if not value > 0:
         raise ValueError(f"rope {name}={value} must be positive")
@@ -99,6 +159,36 @@ class Rope:
           f"rope {low}={ends[0]} must be less than {high}={ends[1]}"
         )
 
+  def width(self, head_dim: int) -> int:
+    """R, how many channels of a head turn."""
+    return int(head_dim * self.fraction)
+
+  def check(self, head_dim: int, name: str) -> None:
+    """Checks what depends on the width of a head.
+
+    Args:
+      head_dim: H.
+      name: What to call the embedding in a message.
+
+    Raises:
+      ValueError: An odd number of channels would turn, or their number is not
+        that of the scaling's factors.
+    """
+    width = self.width(head_dim)
+    if width % 2 or not width:
+      raise ValueError(
+        f"{name}.fraction={self.fraction} of head_dim={head_dim} turns {width} "
+        "channels; it must be an even number of at least 2"
+      )
+    if isinstance(self.scaling, LongRopeScaling):
+      for kind in ("short_factors", "long_factors"):
+        count = len(getattr(self.scaling, kind))
+        if count != width // 2:
+          raise ValueError(
+            f"{name}.scaling.{kind} has {count} numbers for {width // 2} pairs "
+            "of channels"
+          )
+
   def __lt__(self, other: "Rope") -> bool:
     # An order of any kind: pytrees sort the keys of dictionaries.
     return repr(self) < repr(other)
@@ -106,7 +196,7 @@ class Rope:
 
 def frequencies(
   head_dim: int, rope: Rope
-) -> tuple[Float[np.ndarray, " H/2"], float]:
+) -> tuple[Float[np.ndarray, " R/2"], float]:
   """Angular frequency of each pair of channels, and a factor on cos and sin.
 
   Args:
@@ -116,7 +206,8 @@ def frequencies(
   Returns:
     Frequencies in radians per token, fp64, and the factor.
   """
-  exponent = np.arange(0, head_dim, 2) / head_dim
+  width = rope.width(head_dim)
+  exponent = np.arange(0, width, 2) / width
   plain = rope.theta**-exponent
   match rope.scaling:
     case None:
@@ -124,12 +215,23 @@ def frequencies(
     case LinearScaling(factor=factor):
       return plain / factor, 1.0
     case NtkScaling(factor=factor):
-      grown = rope.theta * factor ** (head_dim / (head_dim - 2))
-      return grown**-exponent, 1.0
+      return _ntk(rope.theta, exponent, factor), 1.0
+    case DynamicNtkScaling() as scaling:
+      ratio = max(scaling.length / scaling.original_length, 1)
+      factor = scaling.factor * ratio - (scaling.factor - 1)
+      return _ntk(rope.theta, exponent, factor), 1.0
+    case LongRopeScaling() as scaling:
+      return plain / np.asarray(scaling.factors), scaling.attention_factor
     case Llama3Scaling() as scaling:
       return _llama3(plain, scaling), 1.0
     case YarnScaling() as scaling:
-      return _yarn(plain, rope.theta, head_dim, scaling)
+      return _yarn(plain, rope.theta, scaling)
+
+
+def _ntk(theta: float, exponent: np.ndarray, factor: float) -> np.ndarray:
+  width = 2 * len(exponent)
+  grown = theta * factor ** (width / (width - 2))
+  return np.asarray(grown**-exponent)
 
 
 def _llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
@@ -140,17 +242,19 @@ def _llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
 
 
 def _yarn(
-  plain: np.ndarray, theta: float, head_dim: int, scaling: YarnScaling
+  plain: np.ndarray, theta: float, scaling: YarnScaling
 ) -> tuple[np.ndarray, float]:
+  width = 2 * len(plain)
+
   def channel(turns: float) -> float:
     period = scaling.original_length / (turns * 2 * math.pi)
-    return head_dim * math.log(period) / (2 * math.log(theta))
+    return width * math.log(period) / (2 * math.log(theta))
 
   low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
   if scaling.truncate:
     low, high = math.floor(low), math.ceil(high)
-  low, high = max(low, 0), min(high, head_dim - 1)
-  ramp = (np.arange(head_dim // 2) - low) / max(high - low, 1e-3)
+  low, high = max(low, 0), min(high, width - 1)
+  ramp = (np.arange(width // 2) - low) / max(high - low, 1e-3)
   keep = 1 - np.clip(ramp, 0, 1)
   factor = scaling.attention_factor
   if factor is None:
@@ -160,7 +264,7 @@ def _yarn(
 
 def rope_tables(
   positions: Int[Array, "B T"], head_dim: int, rope: Rope, dtype: jnp.dtype
-) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
+) -> tuple[Float[Array, "B T R/2"], Float[Array, "B T R/2"]]:
   """Cosines and sines of every position and pair of channels.
 
   Args:
@@ -182,9 +286,9 @@ def rope_tables(
 
 def rotate(
   x: Float[Array, "*B T H"],
-  tables: tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]],
+  tables: tuple[Float[Array, "B T R/2"], Float[Array, "B T R/2"]],
 ) -> Float[Array, "*B T H"]:
-  """Turns channel c with channel c + H/2 by the tables' angles.
+  """Turns channel c with channel c + R/2 by the tables' angles.
 
   Args:
     x: `[B, ..., T, H]`: any axes may stand between batch and time.
@@ -195,8 +299,12 @@ def rotate(
   """
   between = tuple(range(1, x.ndim - 2))
   cos, sin = (jnp.expand_dims(t, between) for t in tables)
-  first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-  turned = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  half = cos.shape[-1]
+  first, second = (
+    part.astype(cos.dtype) for part in (x[..., :half], x[..., half : 2 * half])
   )
-  return turned.astype(x.dtype)
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  parts = [part.astype(x.dtype) for part in turned]
+  if 2 * half < x.shape[-1]:
+    parts.append(x[..., 2 * half :])
+  return jnp.concatenate(parts, axis=-1)

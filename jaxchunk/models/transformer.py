@@ -1,4 +1,4 @@
-"""The decoder family: Llama, Qwen, Mistral and Gemma are configurations.
+"""The decoder family: Llama, Qwen, Gemma and the like are configurations.
 
 Modules are containers of arrays and of a frozen configuration; a layer is
 three functions, `pre` (to queries, keys and values), attention, and `post`,
@@ -53,7 +53,7 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-  """RMSNorm over the last axis, computed in at least fp32."""
+  """RMSNorm, computed in at least fp32."""
 
   def __init__(self, cfg: ModelConfig, width: int):
     self.offset = 1.0 if cfg.unit_offset_norm else 0.0
@@ -61,17 +61,22 @@ class Norm(nnx.Module):
     dtype = jnp.dtype(cfg.param_dtype)
     self.scale = nnx.Param(jnp.full(width, 1 - self.offset, dtype))
 
-  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """`x / rms(x) * scale`."""
+  def __call__(
+    self, x: Float[Array, "*B D"], axes: tuple[int, ...] = (-1,)
+  ) -> Float[Array, "*B D"]:
+    """`x / rms(x) * scale`, over the axes that hold the width."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    mean_square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
     scale = self.scale[...].astype(wide.dtype) + self.offset
-    scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+    within = {axis % x.ndim for axis in axes}
+    scale = scale.reshape(
+      [size if axis in within else 1 for axis, size in enumerate(x.shape)]
+    )
     return (wide * lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
 
 
 class Block(nnx.Module):
-  """One layer: attention and a gated MLP, each after a norm."""
+  """One layer: attention and a gated MLP, each with norms around it."""
 
   def __init__(self, cfg: ModelConfig, window: int | None, rngs: nnx.Rngs):
     self.cfg = cfg
@@ -81,16 +86,20 @@ class Block(nnx.Module):
     linear = functools.partial(Linear, cfg, rngs=rngs)
     norm = functools.partial(Norm, cfg)
     out_gain = (2 * cfg.num_layers) ** -0.5
-    self.attention_norm = norm(D)
+    pre_norm = norm(D) if cfg.pre_norms else None
+    self.attention_norm: Norm | None = nnx.data(pre_norm)
     self.q = linear(D, N * H, bias=cfg.qkv_bias)
     self.k = linear(D, K * H, bias=cfg.qkv_bias)
     self.v = linear(D, K * H, bias=cfg.qkv_bias)
-    self.q_norm: Norm | None = nnx.data(norm(H) if cfg.qk_norm else None)
-    self.k_norm: Norm | None = nnx.data(norm(H) if cfg.qk_norm else None)
+    widths = (H, H) if cfg.qk_norm_over == "head" else (N * H, K * H)
+    q_norm, k_norm = map(norm, widths) if cfg.qk_norm else (None, None)
+    self.q_norm: Norm | None = nnx.data(q_norm)
+    self.k_norm: Norm | None = nnx.data(k_norm)
     self.o = linear(N * H, D, gain=out_gain)
     post_norm = norm(D) if cfg.post_norms else None
     self.attention_post_norm: Norm | None = nnx.data(post_norm)
-    self.mlp_norm = norm(D)
+    pre_norm = norm(D) if cfg.pre_norms else None
+    self.mlp_norm: Norm | None = nnx.data(pre_norm)
     self.gate = linear(D, F)
     self.up = linear(D, F)
     self.down = linear(F, D, gain=out_gain)
@@ -107,7 +116,7 @@ class Block(nnx.Module):
     """Queries, keys and values of a stretch of tokens, rotated."""
     cfg = self.cfg
     K, H = cfg.kv_heads, cfg.head_width
-    h = self.attention_norm(x)
+    h = x if self.attention_norm is None else self.attention_norm(x)
 
     def project(name: str, letters: str, *shape: int, keep: bool) -> Array:
       linear = getattr(self, name)
@@ -124,7 +133,9 @@ class Block(nnx.Module):
     k = project("k", "KH", K, H, keep=cfg.qk_norm)
     v = project("v", "KH", K, H, keep=False)
     if self.q_norm is not None and self.k_norm is not None:
-      q, k = self.q_norm(q), self.k_norm(k)
+      heads = () if cfg.qk_norm_over == "head" else (1, 2)
+      q = self.q_norm(q, (*heads, -1))
+      k = self.k_norm(k, (*heads[:1], -1))
     tables = ropes[cfg.rope_of(self.window)]
     return rotate(q, tables), rotate(k, tables), v
 
@@ -143,7 +154,7 @@ class Block(nnx.Module):
     if self.attention_post_norm is not None:
       y = self.attention_post_norm(y)
     x = x + dropout(y, cfg.dropout, keys, site=0)
-    h = self.mlp_norm(x)
+    h = x if self.mlp_norm is None else self.mlp_norm(x)
     gate = tape.product("gate", "BTD,DF->BTF", h, self.gate.kernel[...])
     up = tape.product("up", "BTD,DF->BTF", h, self.up.kernel[...])
     h = _ACTIVATIONS[cfg.activation](gate) * up

@@ -23,7 +23,7 @@ OptimizerName = Literal["adamw", "adafactor", "muon"]
 ScheduleName = Literal["cosine", "wsd"]
 
 # What may change while the parameters keep their meaning.
-_FREE_MODEL_FIELDS = ("model.dropout", "model.dtype")
+_FREE_MODEL_FIELDS = ("model.context_length", "model.dropout", "model.dtype")
 
 
 class ConfigError(ValueError):

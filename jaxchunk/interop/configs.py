@@ -1,0 +1,504 @@
+"""`config.json` of Hugging Face to a `ModelConfig`, and back.
+
+What a checkpoint computes must not be guessed: an architecture, a kind of
+rotary embedding or a feature that is not known here is an error that names
+it. Writing is checked by reading: of the architectures, the first whose
+`config.json` means the same configuration is taken.
+
+Sources: the configuration classes of transformers 5 and the `config.json` of
+the published checkpoints.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import logging
+
+from jaxchunk.interop.errors import InteropError
+from jaxchunk.interop.ropes import KINDS, read_rope, rope_fields, rope_kind
+from jaxchunk.interop.windows import (
+  WindowRule,
+  read_windows,
+  shortest_pattern,
+  window_fields,
+)
+from jaxchunk.models import families
+from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.rope import (
+  DynamicNtkScaling,
+  Llama3Scaling,
+  LongRopeScaling,
+  Rope,
+  YarnScaling,
+)
+
+Json = Mapping[str, Any]
+
+_ACTIVATIONS = {
+  "silu": "silu",
+  "swish": "silu",
+  "gelu": "gelu",
+  "gelu_pytorch_tanh": "gelu_tanh",
+}
+_SIZES = {
+  "vocab_size": "vocab_size",
+  "d_model": "hidden_size",
+  "num_layers": "num_hidden_layers",
+  "num_heads": "num_attention_heads",
+  "num_kv_heads": "num_key_value_heads",
+  "head_dim": "head_dim",
+  "d_ff": "intermediate_size",
+  "norm_eps": "rms_norm_eps",
+  "tie_embeddings": "tie_word_embeddings",
+  "context_length": "max_position_embeddings",
+}
+# Fields of a ModelConfig that say how it is used, not what it computes.
+_USE = ("dtype", "param_dtype", "dropout", "context_length")
+# What may be true of an architecture and is not of our model.
+_REFUSED = {
+  "attention_bias": "biases on attention's output",
+  "mlp_bias": "biases in the MLP",
+  "use_bidirectional_attention": "attention to later tokens",
+  "quantization_config": "quantized weights",
+  "no_rope_layers": "layers without rotary embedding",
+  "num_local_experts": "a mixture of experts",
+  "num_experts": "a mixture of experts",
+}
+# Of training, of generation, of files, or read elsewhere.
+_KNOWN = """
+_attn_implementation _name_or_path _sliding_window_pattern architectures
+attention_dropout attn_implementation auto_map bos_token_id
+cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id
+hidden_act hidden_activation id2label initializer_range is_encoder_decoder
+label2id layer_types max_window_layers model_type output_attentions
+original_max_position_embeddings output_hidden_states pad_token_id
+partial_rotary_factor pretraining_tp problem_type resid_pdrop return_dict
+rope_interleaved rope_local_base_freq rope_parameters rope_scaling rope_theta
+sliding_window sliding_window_pattern tokenizer_class torch_dtype
+transformers_version unk_token_id unsloth_fixed unsloth_version use_cache
+use_sliding_window
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+  """A class of transformers.
+
+  Attributes:
+    name: Of the class.
+    model_type: Its `model_type`.
+    family: Makes a configuration with all that is fixed in the family.
+    defaults: Fields that `config.json` may leave out, and their values then.
+    windows: Which layers have one.
+    own_scores: Whether it has soft-caps and a scale of scores of its own.
+    fused: Whether q, k, v are published as one matrix, and gate, up.
+    ropes: The kinds of scaled rotary embedding that it takes.
+    partial_rope: Whether a part of a head may stay unrotated.
+  """
+
+  name: str
+  model_type: str
+  family: Callable[..., ModelConfig]
+  defaults: Json
+  windows: WindowRule = "none"
+  own_scores: bool = False
+  fused: bool = False
+  ropes: tuple[str, ...] = KINDS
+  partial_rope: bool = False
+
+
+_LLAMA = {"hidden_act": "silu", "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
+_QWEN = _LLAMA | {"sliding_window": 4096, "max_window_layers": 28}
+_GEMMA = {
+  "head_dim": 256,
+  "hidden_activation": "gelu_pytorch_tanh",
+  "max_position_embeddings": 8192,
+  "rms_norm_eps": 1e-6,
+  "rope_theta": 10_000.0,
+  "tie_word_embeddings": True,
+}
+_GEMMA2 = _GEMMA | {
+  "attn_logit_softcapping": 50.0,
+  "final_logit_softcapping": 30.0,
+  "query_pre_attn_scalar": 256,
+  "sliding_window": 4096,
+  "sliding_window_pattern": 2,
+}
+# The text part of Gemma 3 is published with what differs from these only.
+_GEMMA3 = _GEMMA2 | {
+  "vocab_size": 262_208,
+  "hidden_size": 2304,
+  "intermediate_size": 9216,
+  "num_hidden_layers": 26,
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "max_position_embeddings": 131_072,
+  "attn_logit_softcapping": None,
+  "final_logit_softcapping": None,
+  "sliding_window_pattern": 6,
+  "rope_theta": 1_000_000.0,
+  "rope_local_base_freq": 10_000.0,
+}
+
+# In the order in which one is looked for that can express a configuration.
+ARCHITECTURES = (
+  Architecture(
+    name="LlamaForCausalLM",
+    model_type="llama",
+    family=families.llama2,
+    defaults=_LLAMA,
+  ),
+  Architecture(
+    name="Qwen2ForCausalLM",
+    model_type="qwen2",
+    family=families.qwen2,
+    defaults=_QWEN,
+    windows="upper",
+  ),
+  Architecture(
+    name="Qwen3ForCausalLM",
+    model_type="qwen3",
+    family=families.qwen3,
+    defaults=_QWEN | {"head_dim": 128},
+    windows="upper",
+  ),
+  Architecture(
+    name="MistralForCausalLM",
+    model_type="mistral",
+    family=families.mistral,
+    defaults=_LLAMA | {"sliding_window": 4096},
+    windows="every",
+  ),
+  Architecture(
+    name="Phi3ForCausalLM",
+    model_type="phi3",
+    family=families.phi3,
+    defaults=_LLAMA | {"rms_norm_eps": 1e-5},
+    windows="every",
+    fused=True,
+    ropes=("default", "longrope"),
+    partial_rope=True,
+  ),
+  Architecture(
+    name="Olmo2ForCausalLM",
+    model_type="olmo2",
+    family=families.olmo2,
+    defaults=_LLAMA | {"rms_norm_eps": 1e-5},
+  ),
+  Architecture(
+    name="GemmaForCausalLM",
+    model_type="gemma",
+    family=families.gemma,
+    defaults=_GEMMA,
+  ),
+  Architecture(
+    name="Gemma2ForCausalLM",
+    model_type="gemma2",
+    family=families.gemma2,
+    defaults=_GEMMA2,
+    windows="periodic",
+    own_scores=True,
+  ),
+  Architecture(
+    name="Gemma3ForCausalLM",
+    model_type="gemma3_text",
+    family=families.gemma3,
+    defaults=_GEMMA3,
+    windows="periodic",
+    own_scores=True,
+  ),
+)
+_BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+# What holds more than a text model, of which the text model is read.
+_HOLDERS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+
+
+def architecture_of(values: Json) -> Architecture:
+  """The architecture that a `config.json` names.
+
+  Raises:
+    InteropError: It names none, or one that is not known.
+  """
+  names = values.get("architectures") or []
+  if len(names) != 1:
+    found = [
+      a for a in ARCHITECTURES if a.model_type == values.get("model_type")
+    ]
+    if found and not names:
+      return found[0]
+    raise InteropError(
+      f"config.json has architectures={names}; it must name one of "
+      f"{sorted(_BY_NAME)}"
+    )
+  return architecture_named(names[0])
+
+
+def architecture_named(name: str) -> Architecture:
+  """The architecture of that name.
+
+  Raises:
+    InteropError: It is not known; names the nearest.
+  """
+  name = _HOLDERS.get(name, name)
+  if name not in _BY_NAME:
+    near = difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.0)[0]
+    raise InteropError(
+      f"architecture {name!r} is not known; jaxchunk knows {sorted(_BY_NAME)} "
+      f"(the nearest name is {near})"
+    )
+  return _BY_NAME[name]
+
+
+def text_part(values: Json) -> Json:
+  """The fields of the language model, of a model with more than text too."""
+  text = values.get("text_config")
+  if text is None:
+    return values
+  of_all = ("architectures", "dtype", "torch_dtype")
+  return {**text, **{n: values[n] for n in of_all if n in values}}
+
+
+def config_from_hf(
+  values: Json, *, context_length: int | None = None
+) -> ModelConfig:
+  """The configuration that a `config.json` means.
+
+  Args:
+    values: The contents of `config.json`.
+    context_length: Of the longest sequence to come, for rotary embeddings
+      that depend on it ("longrope", "dynamic"); by default the published
+      `max_position_embeddings`.
+
+  Returns:
+    A configuration that may still be changed.
+
+  Raises:
+    InteropError: The architecture or a feature is not known, or a field is
+      missing. Names it.
+  """
+  values = text_part(values)
+  architecture = architecture_of(values)
+  fields = {**architecture.defaults, **values}
+  _refuse(architecture, fields)
+  sizes: dict[str, Any] = {
+    ours: fields.get(theirs) for ours, theirs in _SIZES.items()
+  }
+  for name in ("vocab_size", "d_model", "num_layers", "num_heads", "d_ff"):
+    if sizes[name] is None:
+      raise InteropError(f"config.json lacks {_SIZES[name]!r}")
+  sizes["tie_embeddings"] = bool(sizes["tie_embeddings"])
+  windows = read_windows(architecture.windows, fields, sizes["num_layers"])
+  features: dict[str, Any] = {
+    "activation": _activation(architecture, fields),
+    "window_pattern": shortest_pattern(windows),
+    "rope": read_rope(fields, "full_attention", context_length),
+  }
+  _check_rope(architecture, features["rope"])
+  if architecture.own_scores:
+    scalar = fields["query_pre_attn_scalar"]
+    features |= {
+      "attention_softcap": fields["attn_logit_softcapping"],
+      "logit_softcap": fields["final_logit_softcapping"],
+      "attention_scale": None if scalar == sizes["head_dim"] else scalar**-0.5,
+    }
+  if architecture.model_type == "gemma3_text":
+    local = {"rope_theta": fields["rope_local_base_freq"]}
+    if "rope_parameters" in fields:
+      local["rope_parameters"] = fields["rope_parameters"]
+    features["local_rope"] = read_rope(
+      local, "sliding_attention", context_length
+    )
+  dtype = values.get("dtype") or values.get("torch_dtype")
+  if dtype is not None:
+    features |= {"dtype": str(dtype), "param_dtype": str(dtype)}
+  if context_length is not None:
+    sizes["context_length"] = context_length
+  cfg = dataclasses.replace(
+    _family(architecture, sizes["num_layers"]), **sizes, **features
+  )
+  try:
+    cfg.validate()
+  except ValueError as error:
+    raise InteropError(f"config.json asks for {error}") from error
+  return cfg
+
+
+def config_to_hf(
+  cfg: ModelConfig, architecture: str | None = None
+) -> dict[str, Any]:
+  """A `config.json` that means a configuration.
+
+  Args:
+    cfg: The configuration.
+    architecture: A class of transformers; by default the first that can.
+
+  Returns:
+    The contents, without ids of special tokens.
+
+  Raises:
+    InteropError: The architecture cannot express the configuration; names
+      the fields.
+  """
+  cfg = cfg.frozen()
+  wanted: tuple[Architecture, ...] = ARCHITECTURES
+  if architecture is not None:
+    wanted = (architecture_named(architecture),)
+  misfits = {}
+  for candidate in wanted:
+    try:
+      values = _write(cfg, candidate)
+      misfit = _differing(config_from_hf(values).frozen(), cfg)
+    except InteropError as error:
+      misfit = [str(error)]
+    if not misfit:
+      return values
+    misfits[candidate.name] = misfit
+  name, misfit = min(misfits.items(), key=lambda item: len(item[1]))
+  raise InteropError(
+    f"no architecture of transformers computes this model: {name} differs in "
+    f"{misfit}"
+    if architecture is None
+    else f"{name} cannot express this model's {misfit}"
+  )
+
+
+def _refuse(architecture: Architecture, fields: Json) -> None:
+  for name, meaning in _REFUSED.items():
+    if fields.get(name):
+      raise InteropError(
+        f"config.json has {name}={fields[name]!r}: {meaning} is not supported"
+      )
+  known = {*_SIZES.values(), *_REFUSED, *_KNOWN.split()}
+  known |= set(architecture.defaults)
+  if unknown := sorted(name for name in set(fields) - known if fields[name]):
+    logging.warning("config.json has fields that jaxchunk ignores: %s", unknown)
+
+
+def _check_rope(architecture: Architecture, rope: Rope) -> None:
+  kind = rope_kind(rope)
+  if kind not in architecture.ropes:
+    raise InteropError(
+      f"{architecture.name} has the rotary embedding {kind!r}; it takes "
+      f"{list(architecture.ropes)}"
+    )
+  if rope.fraction != 1 and not architecture.partial_rope:
+    raise InteropError(
+      f"{architecture.name} has partial_rotary_factor={rope.fraction}, and "
+      "turns whole heads"
+    )
+
+
+def _activation(architecture: Architecture, fields: Json) -> str:
+  # Gemma 1 was published as "gelu" and means its approximation by tanh.
+  if architecture.model_type == "gemma":
+    act = fields.get("hidden_act", "gelu_pytorch_tanh")
+    act = "gelu_pytorch_tanh" if act == "gelu" else act
+  else:
+    act = fields.get("hidden_activation") or fields.get("hidden_act")
+  if act not in _ACTIVATIONS:
+    raise InteropError(
+      f"config.json has the activation {act!r}; jaxchunk knows "
+      f"{sorted(_ACTIVATIONS)}"
+    )
+  return _ACTIVATIONS[act]
+
+
+def _family(architecture: Architecture, num_layers: int) -> ModelConfig:
+  """What is fixed in the family; sizes are filled in by the caller."""
+  return architecture.family(
+    d_model=64, num_layers=num_layers, num_heads=1, d_ff=64
+  )
+
+
+def _write(cfg: ModelConfig, architecture: Architecture) -> dict[str, Any]:
+  """A `config.json`, not yet checked to mean the same."""
+  act = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+  name = "hidden_activation" if architecture.own_scores else "hidden_act"
+  values: dict[str, Any] = {
+    "architectures": [architecture.name],
+    "model_type": architecture.model_type,
+    **{theirs: getattr(cfg, ours) for ours, theirs in _SIZES.items()},
+    name: act[cfg.activation],
+    "torch_dtype": cfg.param_dtype,
+    "attention_dropout": 0.0,
+    **rope_fields(cfg.rope),
+  }
+  values["max_position_embeddings"] = _positions(cfg)
+  values["rope_theta"] = cfg.rope.theta
+  values |= window_fields(architecture.windows, _windows(cfg))
+  if architecture.own_scores:
+    values |= {
+      "attn_logit_softcapping": cfg.attention_softcap,
+      "final_logit_softcapping": cfg.logit_softcap,
+      "query_pre_attn_scalar": _integer(cfg.score_scale**-2),
+    }
+  if architecture.model_type == "gemma3_text":
+    local = cfg.local_rope or cfg.rope
+    if local.scaling is not None or local.fraction != 1:
+      raise InteropError(f"local_rope={local}")
+    values["rope_local_base_freq"] = local.theta
+  return values
+
+
+def _windows(cfg: ModelConfig) -> list[int | None]:
+  period = len(cfg.window_pattern)
+  return [cfg.window_pattern[n % period] for n in range(cfg.num_layers)]
+
+
+def _published(rope: Rope) -> Rope:
+  """Without the length in use, which transformers takes from each sequence."""
+  if isinstance(rope.scaling, DynamicNtkScaling | LongRopeScaling):
+    scaling = dataclasses.replace(rope.scaling, length=1)
+    return dataclasses.replace(rope, scaling=scaling)
+  return rope
+
+
+def _positions(cfg: ModelConfig) -> int:
+  """`max_position_embeddings`; where nobody says, 8192."""
+  scaling = cfg.rope.scaling
+  if isinstance(scaling, DynamicNtkScaling):
+    # The dynamic base grows from there.
+    return scaling.original_length
+  if cfg.context_length is not None:
+    return cfg.context_length
+  if isinstance(scaling, LongRopeScaling):
+    return scaling.length
+  if isinstance(scaling, YarnScaling | Llama3Scaling):
+    return math.floor(scaling.original_length * scaling.factor)
+  return 8192
+
+
+def _integer(number: float) -> int | float:
+  """An integer, if it is one but for rounding."""
+  nearest = round(number)
+  return nearest if math.isclose(number, nearest, rel_tol=1e-12) else number
+
+
+def _differing(read: ModelConfig, cfg: ModelConfig) -> list[str]:
+  """Fields in which two configurations compute something else."""
+
+  def same(name: str) -> bool:
+    ours, theirs = getattr(cfg, name), getattr(read, name)
+    if name == "attention_scale":
+      return math.isclose(cfg.score_scale, read.score_scale, rel_tol=1e-12)
+    if name in ("rope", "local_rope"):
+      of_windows = name == "local_rope"
+      windows = [w for w in cfg.window_pattern if (w is None) != of_windows]
+      return all(
+        _published(cfg.rope_of(w)) == _published(read.rope_of(w))
+        for w in windows
+      )
+    if name == "window_pattern":
+      return shortest_pattern(_windows(cfg)) == shortest_pattern(_windows(read))
+    if name == "qk_norm_over" and not cfg.qk_norm:
+      return True
+    return bool(ours == theirs)
+
+  return [
+    f"{field.name}={getattr(cfg, field.name)!r}"
+    for field in dataclasses.fields(cfg)
+    if field.name not in _USE and not same(field.name)
+  ]

@@ -31,6 +31,7 @@ from jaxchunk.models.config import ModelConfig
 from jaxchunk.training import checkpoint, loop, metrics
 from jaxchunk.training import report as pictures
 from jaxchunk.training.config import CheckpointConfig, Config, TrainConfig
+from jaxchunk.training.initial import abstract_model
 from jaxchunk.training.saver import Saver
 
 _STEPS = flags.DEFINE_integer("steps", 40, "Of each run.")
@@ -195,7 +196,7 @@ def main(argv: list[str]) -> None:
 
 def count(config: Config) -> int:
   """Parameters of the model."""
-  _, shapes = checkpoint.abstract_model(config.model)
+  _, shapes, _ = abstract_model(config.model)
   return sum(x.size for x in jax.tree.leaves(shapes))
 
 

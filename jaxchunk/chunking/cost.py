@@ -7,6 +7,9 @@ counts `2 * m * k * n`; norms, softmax and other element-wise work count
 nothing, embeddings are looked up, and within a block of attention the pairs
 that its mask hides are not counted either.
 
+Where a model has adapters, they alone are trained: the matrices beside them
+and the head cost no product for their own gradients.
+
 Tests hold the formulas against the compiler's account of the same products.
 """
 
@@ -39,10 +42,33 @@ def visible_pairs(start: int, stop: int, window: int | None = None) -> int:
 
 def layer_flops_per_token(cfg: ModelConfig) -> int:
   """FLOPs of the layers' matrix products for one token, forward."""
+  return _matrix_flops(cfg) + _adapter_flops(cfg)
+
+
+def _matrix_flops(cfg: ModelConfig) -> int:
+  return 2 * cfg.num_layers * sum(n * m for n, m in _matrices(cfg).values())
+
+
+def _adapter_flops(cfg: ModelConfig) -> int:
+  if cfg.lora is None:
+    return 0
+  sides = sum(sum(_matrices(cfg)[name]) for name in cfg.lora.targets)
+  return 2 * cfg.num_layers * cfg.lora.rank * sides
+
+
+def _matrices(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
+  """Inputs and outputs of a layer's matrices."""
   heads, keys = cfg.num_heads * cfg.head_width, cfg.kv_heads * cfg.head_width
-  return (
-    2 * cfg.num_layers * cfg.d_model * (2 * heads + 2 * keys + 3 * cfg.d_ff)
-  )
+  D, F = cfg.d_model, cfg.d_ff
+  return {
+    "q": (D, heads),
+    "k": (D, keys),
+    "v": (D, keys),
+    "o": (heads, D),
+    "gate": (D, F),
+    "up": (D, F),
+    "down": (F, D),
+  }
 
 
 def head_flops_per_token(cfg: ModelConfig) -> int:
@@ -67,15 +93,18 @@ def model_flops(cfg: ModelConfig, lengths: Iterable[int]) -> int:
   """FLOPs that training on whole sequences needs: the numerator of the MFU.
 
   Forward once and backward twice that (Chowdhery et al., PaLM, arXiv
-  2204.02311), without recomputation and padding. Attention counts the visible
-  pairs alone, about half of PaLM's `12 * L * N * H * T` for a long sequence.
+  2204.02311), or once that for matrices that are not trained, without
+  recomputation and padding. Attention counts the visible pairs alone, about
+  half of PaLM's `12 * L * N * H * T` for a long sequence.
 
   Args:
     cfg: The model.
     lengths: Positions of each sequence.
   """
-  per_token = layer_flops_per_token(cfg) + head_flops_per_token(cfg)
-  return sum(3 * (n * per_token + attention_flops(cfg, 0, n)) for n in lengths)
+  matrices = _matrix_flops(cfg) + head_flops_per_token(cfg)
+  passes = 3 if cfg.lora is None else 2
+  per_token = passes * matrices + 3 * _adapter_flops(cfg)
+  return sum(n * per_token + 3 * attention_flops(cfg, 0, n) for n in lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +174,7 @@ def plan_cost(
   live_chunks: int,
   strategy: Strategy,
 ) -> StepCost:
-  """What the gradient of a planned batch costs, all parameters trained.
+  """What the gradient of a planned batch costs.
 
   Args:
     cfg: The model.
@@ -228,7 +257,12 @@ def _linear_backward(cfg: ModelConfig, chunk_size: int) -> int:
   item = jnp.promote_types(cfg.dtype, jnp.float32).itemsize
   blocks = choose_grad_blocks(chunk_size, cfg.vocab_size, cfg.d_model, item)
   products = 3 if blocks.keep else 4
-  return 2 * layer_flops_per_token(cfg) + products * head_flops_per_token(cfg)
+  matrices, head = _matrix_flops(cfg), head_flops_per_token(cfg)
+  if cfg.lora is None:
+    return 2 * matrices + products * head
+  # `x @ a` is computed again.
+  adapters = _adapter_flops(cfg) * 5 // 2
+  return matrices + adapters + (products - 1) * head
 
 
 def _imbalance(costs: Sequence[int]) -> float:

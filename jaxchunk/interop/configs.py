@@ -350,7 +350,7 @@ def config_to_hf(
   for candidate in wanted:
     try:
       values = _write(cfg, candidate)
-      misfit = _differing(config_from_hf(values).frozen(), cfg)
+      misfit = differing_fields(config_from_hf(values).frozen(), cfg)
     except InteropError as error:
       misfit = [str(error)]
     if not misfit:
@@ -477,8 +477,17 @@ def _integer(number: float) -> int | float:
   return nearest if math.isclose(number, nearest, rel_tol=1e-12) else number
 
 
-def _differing(read: ModelConfig, cfg: ModelConfig) -> list[str]:
-  """Fields in which two configurations compute something else."""
+def differing_fields(read: ModelConfig, cfg: ModelConfig) -> list[str]:
+  """Fields, of the second, in which two configurations compute another thing.
+
+  Args:
+    read: A frozen configuration.
+    cfg: Another.
+
+  Returns:
+    `name=value` for each; fields that say only how a model is used are not
+    compared.
+  """
 
   def same(name: str) -> bool:
     ours, theirs = getattr(cfg, name), getattr(read, name)

@@ -36,6 +36,7 @@ from jaxchunk.interop.names import EMBED, HEAD, Part, Tensor
 from jaxchunk.interop.names import Path as ParamPath
 from jaxchunk.interop.names import tensors as tensors_of
 from jaxchunk.models.config import DType, ModelConfig
+from jaxchunk.models.lora import LoRA
 from jaxchunk.models.transformer import Transformer
 
 Arrays = dict[str, Num[np.ndarray, "..."]]
@@ -110,13 +111,43 @@ def load_hf(
       should be; names it.
   """
   path = Path(path).expanduser()
-  values = read_config(path)
+  cfg = load_config(
+    path, dtype=dtype, param_dtype=param_dtype, context_length=context_length
+  )
+  fused = architecture_of(text_part(read_config(path))).fused
+  reader = files.Reader(path)
+  return _filled(reader, cfg.frozen(), fused, _placing(shardings), str(path))
+
+
+def load_config(
+  path: str | Path,
+  *,
+  dtype: DType | None = None,
+  param_dtype: DType | None = None,
+  context_length: int | None = None,
+  lora: LoRA | None = None,
+) -> ModelConfig:
+  """The configuration of a model in the format of Hugging Face.
+
+  Args:
+    path: A folder with `config.json`.
+    dtype: As in `load_hf`.
+    param_dtype: As in `load_hf`.
+    context_length: As in `load_hf`.
+    lora: Adapters to train beside it.
+
+  Returns:
+    A configuration that may still be changed.
+
+  Raises:
+    InteropError: As `load_hf`.
+  """
+  values = read_config(Path(path).expanduser())
   cfg = config_from_hf(values, context_length=context_length)
   cfg.dtype = dtype or cfg.dtype
   cfg.param_dtype = param_dtype or cfg.param_dtype
-  fused = architecture_of(text_part(values)).fused
-  reader = files.Reader(path)
-  return _filled(reader, cfg.frozen(), fused, _placing(shardings), str(path))
+  cfg.lora = lora
+  return cfg
 
 
 def save_hf(

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxchunk.models.config import ModelConfig
 
-_LINEARS = {
+LINEARS = {
   ("q",): "self_attn.q_proj",
   ("k",): "self_attn.k_proj",
   ("v",): "self_attn.v_proj",
@@ -89,7 +89,7 @@ def tensors(cfg: ModelConfig, *, fused: bool = False) -> Iterator[Tensor]:
     (True, True): _BOTH_NORMS,
   }[cfg.pre_norms, cfg.post_norms]
   norms = norms | (_QK_NORMS if cfg.qk_norm else {})
-  linears = _FUSED_LINEARS if fused else _LINEARS
+  linears = _FUSED_LINEARS if fused else LINEARS
   for number in range(cfg.num_layers):
     layer, position = divmod(number, len(cfg.window_pattern))
     stack: Path = ("blocks", position)

@@ -206,12 +206,12 @@ def write(
       shards.append([])
     shards[-1].append(tensor)
   if len(shards) == 1:
-    _write_file(folder / _SINGLE, shards[0])
+    write_file(folder / _SINGLE, shards[0])
     return [_SINGLE]
   weight_map: dict[str, str] = {}
   for number, shard in enumerate(shards, 1):
     name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-    _write_file(folder / name, shard)
+    write_file(folder / name, shard)
     weight_map |= {tensor.name: name for tensor in shard}
   total = sum(tensor.nbytes for tensor in tensors)
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -219,8 +219,8 @@ def write(
   return [*sorted(set(weight_map.values())), INDEX]
 
 
-def _write_file(path: Path, tensors: Sequence[Writable]) -> None:
-  """The format is a length, a JSON header and the bytes, end to end."""
+def write_file(path: Path, tensors: Sequence[Writable]) -> None:
+  """Writes one file: a length, a JSON header and the bytes, end to end."""
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   start = 0
   for tensor in tensors:

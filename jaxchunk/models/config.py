@@ -4,6 +4,7 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
+from jaxchunk.models.lora import LoRA
 from jaxchunk.models.rope import Rope
 
 HeadNorm = Literal["head", "all"]
@@ -47,6 +48,8 @@ class ModelConfig:
     norm_eps: Added to the mean square in norms.
     context_length: Longest sequence that the model was made for, in tokens;
       `None` where nobody says.
+    lora: Adapters beside the matrices of the layers; see
+      `jaxchunk.models.adapters.add_lora`.
     dropout: Rate on the output of attention and MLP, in training only.
     dtype: Of activations and matrix products.
     param_dtype: Of parameters.
@@ -76,6 +79,7 @@ class ModelConfig:
   scale_embeddings: bool = False
   norm_eps: float = 1e-6
   context_length: int | None = None
+  lora: LoRA | None = None
   dropout: float = 0.0
   dtype: DType = "float32"
   param_dtype: DType = "float32"
@@ -179,6 +183,8 @@ class ModelConfig:
       )
     if self.context_length is not None:
       _check_positive("context_length", self.context_length)
+    if not isinstance(self.lora, LoRA | None):
+      raise ValueError(f"lora={self.lora!r} must be a LoRA, or None")
     if not self.norm_eps > 0:
       raise ValueError(f"norm_eps={self.norm_eps} must be positive")
     if not 0 <= self.dropout < 1:

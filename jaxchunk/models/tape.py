@@ -14,7 +14,7 @@ element-wise work is repeated and what nobody reads is never computed.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,41 @@ class Tape:
       return _product(spec, x, w)
     y = _product(spec, x, w)
     if keep:
+      self.saved[name] = y
+    return y
+
+  def adapted_product(
+    self,
+    name: str,
+    spec: str,
+    x: Array,
+    w: Array,
+    a: Array,
+    b: Array,
+    *,
+    scale: float,
+    keep: bool = True,
+  ) -> Array:
+    """`einsum(spec, x, w + scale * a @ b)` in x's dtype, without that sum.
+
+    Args:
+      name: As in `product`.
+      spec: As in `product`; the letters of w are those that are summed, then
+        the others. R is none of them.
+      x: Activations.
+      w: Weights; their gradient is computed only if somebody reads it.
+      a: `[in,R]`, where in is all that is summed.
+      b: `[R,out]`.
+      scale: A factor.
+      keep: As in `product`.
+
+    Returns:
+      The product, computed or given back.
+    """
+    if self._replay and name in self.saved:
+      return _adapted_replayed(spec, scale, self.saved[name], x, w, a, b)
+    y = _adapted(spec, scale, x, w, a, b)
+    if keep and not self._replay:
       self.saved[name] = y
     return y
 
@@ -100,3 +135,85 @@ def _replayed_bwd(spec: str, saved: Any, dy: Array) -> tuple[Any, Array, Array]:
 
 
 _replayed.defvjp(_replayed_fwd, _replayed_bwd)
+
+
+class _Parts(NamedTuple):
+  """The einsums of `x @ a` and `(x @ a) @ b`, and a and b in their shapes."""
+
+  a_spec: str
+  b_spec: str
+  a: Array
+  b: Array
+
+
+def _parts(spec: str, w: Array, a: Array, b: Array) -> _Parts:
+  inputs, out = spec.split("->")
+  x_spec, w_spec = inputs.split(",")
+  summed = "".join(letter for letter in w_spec if letter in x_spec)
+  others = "".join(letter for letter in w_spec if letter not in x_spec)
+  if summed + others != w_spec or "R" in inputs:
+    raise ValueError(f"spec {spec!r}: w must be what is summed, then the rest")
+  tokens = "".join(letter for letter in x_spec if letter not in summed)
+  sizes = w.shape[: len(summed)], w.shape[len(summed) :]
+  return _Parts(
+    f"{x_spec},{summed}R->{tokens}R",
+    f"{tokens}R,R{others}->{out}",
+    a.reshape(*sizes[0], -1),
+    b.reshape(-1, *sizes[1]),
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _adapted(
+  spec: str, scale: float, x: Array, w: Array, a: Array, b: Array
+) -> Array:
+  parts = _parts(spec, w, a, b)
+  h = _product(parts.a_spec, x, parts.a)
+  return _product(spec, x, w) + scale * _product(parts.b_spec, h, parts.b)
+
+
+def _adapted_fwd(
+  spec: str, scale: float, x: Array, w: Array, a: Array, b: Array
+) -> tuple[Array, Any]:
+  return _adapted(spec, scale, x, w, a, b), (x, w, a, b)
+
+
+def _adapted_bwd(
+  spec: str, scale: float, saved: Any, dy: Array
+) -> tuple[Array, ...]:
+  x, w, a, b = saved
+  parts = _parts(spec, w, a, b)
+  dx, dw = _product_bwd(spec, (x, w), dy)
+  # x @ a is R wide: cheaper to compute again than to keep.
+  h = _product(parts.a_spec, x, parts.a)
+  dh, db = _product_bwd(parts.b_spec, (h, parts.b), dy * scale)
+  dx_adapter, da = _product_bwd(parts.a_spec, (x, parts.a), dh)
+  return dx + dx_adapter, dw, da.reshape(a.shape), db.reshape(b.shape)
+
+
+_adapted.defvjp(_adapted_fwd, _adapted_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _adapted_replayed(
+  spec: str, scale: float, y: Array, x: Array, w: Array, a: Array, b: Array
+) -> Array:
+  """y, with the gradient of `_adapted(spec, scale, x, w, a, b)`."""
+  del spec, scale, x, w, a, b
+  return y
+
+
+def _adapted_replayed_fwd(
+  spec: str, scale: float, y: Array, x: Array, w: Array, a: Array, b: Array
+) -> tuple[Array, Any]:
+  del spec, scale
+  return y, (x, w, a, b)
+
+
+def _adapted_replayed_bwd(
+  spec: str, scale: float, saved: Any, dy: Array
+) -> tuple[Any, ...]:
+  return None, *_adapted_bwd(spec, scale, saved, dy)
+
+
+_adapted_replayed.defvjp(_adapted_replayed_fwd, _adapted_replayed_bwd)

@@ -21,6 +21,7 @@ from jaxchunk.kernels.attention.api import grouped_attention
 from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.dropout import DropoutKeys, dropout
+from jaxchunk.models.lora import Adapter
 from jaxchunk.models.rope import Rope, rope_tables, rotate
 from jaxchunk.models.tape import Tape
 
@@ -34,11 +35,12 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Linear(nnx.Module):
-  """A matrix `kernel [in, out]` and perhaps a `bias [out]`."""
+  """A matrix `kernel [in, out]`, perhaps with a `bias [out]` and an adapter."""
 
   def __init__(
     self,
     cfg: ModelConfig,
+    name: str,
     inputs: int,
     outputs: int,
     *,
@@ -48,8 +50,71 @@ class Linear(nnx.Module):
   ):
     dtype = jnp.dtype(cfg.param_dtype)
     kernel = jax.random.normal(rngs.params(), (inputs, outputs), dtype)
-    self.kernel = nnx.Param(kernel * gain * inputs**-0.5)
+    kernel = kernel * gain * inputs**-0.5
+    self.kernel = nnx.Param(kernel)
     self.bias = nnx.data(nnx.Param(jnp.zeros(outputs, dtype)) if bias else None)
+    adapter = None
+    if cfg.lora is not None and name in cfg.lora.targets:
+      adapter = Adapter(cfg.lora, kernel, rngs)
+    self.adapter: Adapter | None = nnx.data(adapter)
+    self.name = name
+
+  def __call__(
+    self,
+    tape: Tape,
+    spec: str,
+    x: Array,
+    shape: tuple[int, ...],
+    *,
+    keep: bool = True,
+  ) -> Array:
+    """`einsum(spec, x, kernel.reshape(shape))`, with the adapter's part.
+
+    Args:
+      tape: Remembers the product by the name of the matrix.
+      spec: Einsum of x and the matrix; see `Tape.product`.
+      x: Activations.
+      shape: Of the matrix in `spec`; first what is summed, then what is not.
+      keep: Whether the backward pass reads the output.
+
+    Returns:
+      The product, without the bias.
+    """
+    kernel = self.kernel[...].reshape(shape)
+    if self.adapter is None:
+      return tape.product(self.name, spec, x, kernel, keep=keep)
+    factor = self.adapter.column_factor(self.kernel[...])
+    y = tape.adapted_product(
+      self.name,
+      spec,
+      x,
+      kernel,
+      self.adapter.a[...],
+      self.adapter.b[...],
+      scale=self.adapter.scale,
+      keep=keep or factor is not None,
+    )
+    if factor is None:
+      return y
+    return y * output_vector(spec, factor, shape).astype(y.dtype)
+
+  def add_bias(self, spec: str, y: Array, shape: tuple[int, ...]) -> Array:
+    """`y + bias`, for the same spec and shape."""
+    if self.bias is None:
+      return y
+    return y + output_vector(spec, self.bias[...], shape).astype(y.dtype)
+
+
+def output_vector(spec: str, v: Array, shape: tuple[int, ...]) -> Array:
+  """A vector of the outputs of `spec`, shaped to multiply or add to them."""
+  inputs, out = spec.split("->")
+  letters = inputs.split(",")[1]
+  sizes = {
+    letter: size
+    for letter, size in zip(letters, shape, strict=True)
+    if letter in out
+  }
+  return v.reshape([sizes.get(letter, 1) for letter in out])
 
 
 class Norm(nnx.Module):
@@ -88,21 +153,21 @@ class Block(nnx.Module):
     out_gain = (2 * cfg.num_layers) ** -0.5
     pre_norm = norm(D) if cfg.pre_norms else None
     self.attention_norm: Norm | None = nnx.data(pre_norm)
-    self.q = linear(D, N * H, bias=cfg.qkv_bias)
-    self.k = linear(D, K * H, bias=cfg.qkv_bias)
-    self.v = linear(D, K * H, bias=cfg.qkv_bias)
+    self.q = linear("q", D, N * H, bias=cfg.qkv_bias)
+    self.k = linear("k", D, K * H, bias=cfg.qkv_bias)
+    self.v = linear("v", D, K * H, bias=cfg.qkv_bias)
     widths = (H, H) if cfg.qk_norm_over == "head" else (N * H, K * H)
     q_norm, k_norm = map(norm, widths) if cfg.qk_norm else (None, None)
     self.q_norm: Norm | None = nnx.data(q_norm)
     self.k_norm: Norm | None = nnx.data(k_norm)
-    self.o = linear(N * H, D, gain=out_gain)
+    self.o = linear("o", N * H, D, gain=out_gain)
     post_norm = norm(D) if cfg.post_norms else None
     self.attention_post_norm: Norm | None = nnx.data(post_norm)
     pre_norm = norm(D) if cfg.pre_norms else None
     self.mlp_norm: Norm | None = nnx.data(pre_norm)
-    self.gate = linear(D, F)
-    self.up = linear(D, F)
-    self.down = linear(F, D, gain=out_gain)
+    self.gate = linear("gate", D, F)
+    self.up = linear("up", D, F)
+    self.down = linear("down", F, D, gain=out_gain)
     post_norm = norm(D) if cfg.post_norms else None
     self.mlp_post_norm: Norm | None = nnx.data(post_norm)
 
@@ -118,20 +183,16 @@ class Block(nnx.Module):
     K, H = cfg.kv_heads, cfg.head_width
     h = x if self.attention_norm is None else self.attention_norm(x)
 
-    def project(name: str, letters: str, *shape: int, keep: bool) -> Array:
-      linear = getattr(self, name)
-      kernel = linear.kernel[...].reshape(-1, *shape)
-      spec = f"BTD,D{letters}->B{letters[:-1]}TH"
-      y = tape.product(name, spec, h, kernel, keep=keep)
-      if linear.bias is None:
-        return y
-      bias = linear.bias[...].reshape(1, *shape[:-1], 1, H)
-      return y + bias.astype(y.dtype)
+    def project(linear: Linear, heads: str, *sizes: int, keep: bool) -> Array:
+      spec = f"BTD,D{heads}H->B{heads}TH"
+      shape = (cfg.d_model, *sizes, H)
+      y = linear(tape, spec, h, shape, keep=keep)
+      return linear.add_bias(spec, y, shape)
 
     # Attention's backward reads q; k is in the sequence state by then.
-    q = project("q", "KGH", K, cfg.num_heads // K, H, keep=True)
-    k = project("k", "KH", K, H, keep=cfg.qk_norm)
-    v = project("v", "KH", K, H, keep=False)
+    q = project(self.q, "KG", K, cfg.num_heads // K, keep=True)
+    k = project(self.k, "K", K, keep=cfg.qk_norm)
+    v = project(self.v, "K", K, keep=False)
     if self.q_norm is not None and self.k_norm is not None:
       heads = () if cfg.qk_norm_over == "head" else (1, 2)
       q = self.q_norm(q, (*heads, -1))
@@ -149,18 +210,16 @@ class Block(nnx.Module):
     """The layer's output from its input and the output of attention."""
     cfg = self.cfg
     K, G, H = o.shape[1], o.shape[2], o.shape[4]
-    kernel = self.o.kernel[...].reshape(K, G, H, -1)
-    y = tape.product("o", "BKGTH,KGHD->BTD", o, kernel)
+    D, F = cfg.d_model, cfg.d_ff
+    y = self.o(tape, "BKGTH,KGHD->BTD", o, (K, G, H, D))
     if self.attention_post_norm is not None:
       y = self.attention_post_norm(y)
     x = x + dropout(y, cfg.dropout, keys, site=0)
     h = x if self.mlp_norm is None else self.mlp_norm(x)
-    gate = tape.product("gate", "BTD,DF->BTF", h, self.gate.kernel[...])
-    up = tape.product("up", "BTD,DF->BTF", h, self.up.kernel[...])
+    gate = self.gate(tape, "BTD,DF->BTF", h, (D, F))
+    up = self.up(tape, "BTD,DF->BTF", h, (D, F))
     h = _ACTIVATIONS[cfg.activation](gate) * up
-    y = tape.product(
-      "down", "BTF,FD->BTD", h, self.down.kernel[...], keep=cfg.post_norms
-    )
+    y = self.down(tape, "BTF,FD->BTD", h, (F, D), keep=cfg.post_norms)
     if self.mlp_post_norm is not None:
       y = self.mlp_post_norm(y)
     return x + dropout(y, cfg.dropout, keys, site=1)

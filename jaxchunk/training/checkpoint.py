@@ -26,6 +26,7 @@ from jaxtyping import Array
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.training import config as config_lib
+from jaxchunk.training import initial
 from jaxchunk.training.config import CheckpointConfig, Config
 
 DIRECTORY = "checkpoints"
@@ -426,14 +427,10 @@ def load_for_inference(
 def _load_model(manager: ocp.CheckpointManager, step: int) -> Transformer:
   meta = _read_meta(manager, step)
   cfg: ModelConfig = config_lib.from_json(ModelConfig, meta["config"]["model"])
-  graphdef, state = abstract_model(cfg)
+  graphdef, state, _ = initial.abstract_model(cfg)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = target_like(nnx.to_pure_dict(state), device)
   restored = _read_arrays(manager, step, meta, target, None)
-  return nnx.merge(graphdef, nnx.State(restored.params))
-
-
-def abstract_model(cfg: ModelConfig) -> tuple[Any, nnx.State]:
-  """The structure of a model and its parameters' shapes; allocates nothing."""
-  model = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
-  return nnx.split(model, nnx.Param)
+  train = meta["config"]["train"]
+  frozen = initial.frozen_parameters(cfg, train.get("init_from"), train["seed"])
+  return nnx.merge(graphdef, nnx.State(restored.params), nnx.State(frozen))

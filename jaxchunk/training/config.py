@@ -35,6 +35,10 @@ class TrainConfig:
   """How to train.
 
   Attributes:
+    init_from: A folder in the format of Hugging Face whose weights a new run
+      begins with; `jaxchunk.interop.load_config` makes its `model`. `None`
+      draws them. Of a model with adapters (`model.lora`) only these are
+      trained and saved, and the folder is read again at every start.
     num_steps: Updates to make; the data may end earlier
       (`data.num_epochs`).
     seed: Of the initial parameters and of dropout.
@@ -71,6 +75,7 @@ class TrainConfig:
       `documents.jsonl`.
   """
 
+  init_from: str | None = None
   num_steps: int = 1000
   seed: int = 0
   chunk_size: int = 2048

@@ -25,7 +25,7 @@ Schedule = Callable[[Any], Float[Array, ""]]
 
 Kind = Literal["matrix", "embedding", "vector"]
 
-_VECTORS = frozenset({"scale", "bias"})
+_VECTORS = frozenset({"scale", "bias", "magnitude"})
 _EMBEDDINGS = frozenset({"embed", "embedding", "head", "unembed"})
 _STACKS = "blocks"
 

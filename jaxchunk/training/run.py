@@ -26,7 +26,7 @@ from jaxchunk.data.corpus import (
 from jaxchunk.data.pipeline import training_batches
 from jaxchunk.data.tokenizers import load_tokenizer
 from jaxchunk.models.transformer import Transformer
-from jaxchunk.training import checkpoint, info, optimizer, schedule
+from jaxchunk.training import checkpoint, info, initial, optimizer, schedule
 from jaxchunk.training import config as config_lib
 from jaxchunk.training.checkpoint import CheckpointError, Restored
 from jaxchunk.training.config import Config, ConfigError
@@ -49,7 +49,8 @@ class Run:
     options: What the chunk programs are compiled for.
     update: The compiled update.
     key: Of dropout.
-    params: Nested dictionary of arrays.
+    params: What is trained, a nested dictionary of arrays.
+    frozen: The other parameters, likewise.
     state: The optimizer's.
     step: Updates tried.
     clock: When the last step ended, or its successor could have begun.
@@ -66,6 +67,7 @@ class Run:
   update: optimizer.Update
   key: PRNGKeyArray
   params: optimizer.Params
+  frozen: optimizer.Params
   state: optimizer.OptimizerState
   step: int
   clock: float = 0.0
@@ -74,7 +76,9 @@ class Run:
   @property
   def model(self) -> Transformer:
     """The model with the present parameters."""
-    return nnx.merge(self.graphdef, nnx.State(self.params))
+    return nnx.merge(
+      self.graphdef, nnx.State(self.params), nnx.State(self.frozen)
+    )
 
 
 def start(config: Config, workdir: Path, manager: Any) -> Run:
@@ -86,7 +90,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
   the documents are the same. Metrics are cut back last, by the caller, when
   nothing can fail any more.
   """
-  graphdef, shapes = checkpoint.abstract_model(config.model)
+  graphdef, shapes, _ = initial.abstract_model(config.model)
   tx = optimizer.make_optimizer(config.train)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = checkpoint.target_like(nnx.to_pure_dict(shapes), device)
@@ -102,8 +106,9 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
   corpus = _open(config, workdir, restored)
   batches = training_batches(corpus)
   if restored is None:
-    model = Transformer(config.model, rngs=nnx.Rngs(config.train.seed))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params, frozen = initial.parameters(
+      config.model, config.train.init_from, config.train.seed
+    )
     params = jax.device_put(params, device)
     state = jax.jit(init, out_shardings=places)(params)
     step = 0
@@ -111,6 +116,9 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       corpus.tokenizer.save(workdir / checkpoint.TOKENIZER)
   else:
     params, state, step = restored.params, restored.optimizer, restored.step
+    frozen = initial.frozen_parameters(
+      config.model, config.train.init_from, config.train.seed
+    )
     try:
       batches.set_state(dict(restored.meta["cursor"]))
     except ValueError as error:
@@ -125,6 +133,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       f"No evaluation: no held-out document within train.eval_tokens={limit} "
       f"(data.heldout_fraction={config.data.heldout_fraction})"
     )
+  frozen = jax.device_put(frozen, device)
   text = json.dumps(config_lib.to_json(config), indent=2)
   with write_errors(workdir):
     (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -136,15 +145,17 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     heldout=heldout,
     graphdef=graphdef,
     options=make_options(
-      nnx.merge(graphdef, nnx.State(params)),
+      nnx.merge(graphdef, nnx.State(params), nnx.State(frozen)),
       chunk_size=config.train.chunk_size,
       live_chunks=config.train.live_chunks,
       strategy=config_lib.strategy_of(config.train),
+      trainable=initial.trainable(config.model),
       kv_memory=config.train.kv_memory,
     ),
     update=optimizer.make_update(config.train, places),
     key=jax.device_put(jax.random.key(config.train.seed), device),
     params=params,
+    frozen=frozen,
     state=state,
     step=step,
   )
@@ -188,7 +199,7 @@ def begin_save(run: Run, saver: Saver) -> None:
 def report_info(run: Run, total: Accounting) -> info.RunInfo:
   """What the report shows besides the metrics."""
   cfg, train = run.config.model, run.config.train
-  parameters = sum(x.size for x in jax.tree.leaves(run.params))
+  parameters = sum(x.size for x in jax.tree.leaves((run.params, run.frozen)))
   picture = None
   if run.busiest is not None:
     step, plan = run.busiest

@@ -15,6 +15,7 @@ from jaxchunk import targets
 from jaxchunk.training import checkpoint, optimizer
 from jaxchunk.training.apply import apply_by_layer
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.initial import abstract_model
 
 TRAIN = TrainConfig(num_steps=10, optimizer_memory="host")
 
@@ -30,7 +31,7 @@ def parameters(layers):
     d_ff=1024,
     dtype="bfloat16",
   )
-  return nnx.to_pure_dict(checkpoint.abstract_model(cfg)[1])
+  return nnx.to_pure_dict(abstract_model(cfg)[1])
 
 
 def tpu_memory(layers):

@@ -20,6 +20,7 @@ from jaxchunk.evaluation.run import Settings, evaluate, redraw
 from jaxchunk.models.rope import Rope, YarnScaling
 from jaxchunk.training import checkpoint
 from jaxchunk.training.config import to_json
+from jaxchunk.training.initial import abstract_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
 QUICK = Settings(lengths=[700], depths=[0.5], samples=1, chunk_size=512)
@@ -32,7 +33,7 @@ def workdir(config, tmp_path_factory):
   rope = Rope(scaling=YarnScaling(factor=1.5, original_length=1000))
   model = dataclasses.replace(config.model, rope=rope)
   config = dataclasses.replace(config, model=model)
-  _, state = checkpoint.abstract_model(model)
+  _, state, _ = abstract_model(model)
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype),

@@ -18,6 +18,7 @@ from jaxchunk.data.tokenizers import ByteTokenizer
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.training import checkpoint
 from jaxchunk.training.config import Config, to_json
+from jaxchunk.training.initial import abstract_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
 
@@ -30,7 +31,7 @@ def workdir(tmp_path_factory):
     vocab_size=259, d_model=64, num_layers=1, num_heads=2, d_ff=8
   )
   config = Config(model=cfg, data=DataConfig(tokenizer="byte"))
-  _, state = checkpoint.abstract_model(cfg)
+  _, state, _ = abstract_model(cfg)
   embed = np.random.default_rng(0).standard_normal((259, 64))
   params = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nnx.to_pure_dict(state)

@@ -14,6 +14,7 @@ from jaxchunk.models.transformer import Transformer
 from jaxchunk.training import checkpoint, optimizer
 from jaxchunk.training import config as config_lib
 from jaxchunk.training.checkpoint import CheckpointError
+from jaxchunk.training.initial import abstract_model
 from jaxchunk.training.saver import Saver
 
 # Where one read of several fails, Orbax drops the coroutines and futures of
@@ -32,7 +33,7 @@ def _collect_what_was_dropped():
 
 @pytest.fixture
 def arrays(config):
-  _, shapes = checkpoint.abstract_model(config.model)
+  _, shapes, _ = abstract_model(config.model)
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype),

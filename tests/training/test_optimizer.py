@@ -9,8 +9,8 @@ from flax import nnx
 
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.training import optimizer
-from jaxchunk.training.checkpoint import abstract_model
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.initial import abstract_model
 
 NAMES = ("adamw", "adafactor", "muon")
 

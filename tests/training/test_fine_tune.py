@@ -1,0 +1,126 @@
+"""Runs that begin with published weights, whole or beside adapters."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxchunk as jc
+from jaxchunk.interop.hugging_face import load_config
+from jaxchunk.models.lora import LoRA
+from jaxchunk.training import checkpoint, loop, metrics, report
+from jaxchunk.training.config import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+  monkeypatch.setattr(report, "draw", lambda workdir: None)
+
+
+@pytest.fixture(name="folder")
+def fixture_folder(config, tmp_path):
+  """The weights of a model, as published."""
+  jc.save_hf(jc.Transformer(config.model, rngs=nnx.Rngs(7)), tmp_path / "base")
+  return str(tmp_path / "base")
+
+
+def fine_tuning(config, folder, lora=None):
+  config.model = load_config(folder, lora=lora)
+  config.train.init_from = folder
+  config.train.num_steps = 4
+  config.train.eval_every = 0
+  config.checkpoint.save_every = 2
+  return config
+
+
+def arrays_of(model, kind=nnx.Param):
+  return dict(nnx.to_flat_state(nnx.state(model, kind)))
+
+
+def losses(workdir):
+  return [line["loss"] for line in metrics.read(workdir)]
+
+
+def test_a_run_begins_with_the_weights_of_the_folder(config, folder, tmp_path):
+  config = fine_tuning(config, folder)
+  config.train.learning_rate = 1e-30
+  config.train.weight_decay = 0.0
+  config.train.num_steps, config.train.warmup_steps = 1, 0
+  loop.train(config, tmp_path / "run")
+  model, _, _ = checkpoint.load_for_inference(tmp_path / "run")
+  want = arrays_of(jc.load_hf(folder))
+  for path, value in arrays_of(model).items():
+    np.testing.assert_array_equal(value.get_value(), want[path].get_value())
+
+
+def test_adapters_alone_are_trained_and_saved(
+  config, folder, tmp_path, monkeypatch
+):
+  lora = LoRA(rank=2, alpha=4.0, dora=True)
+  config = fine_tuning(config, folder, lora)
+  write, written = checkpoint.write, []
+
+  def spied(*args, arrays, meta):
+    written.append(dict(arrays))
+    return write(*args, arrays=arrays, meta=meta)
+
+  monkeypatch.setattr(checkpoint, "write", spied)
+  loop.train(config, tmp_path / "run")
+  model, _, _ = checkpoint.load_for_inference(tmp_path / "run")
+  base = arrays_of(jc.load_hf(folder))
+  got = arrays_of(model)
+  adapters = {path for path in got if "adapter" in path}
+  assert adapters == set(got) - set(base) and len(adapters) == 21
+  for path in base:
+    np.testing.assert_array_equal(got[path].get_value(), base[path].get_value())
+  moved = [p for p in adapters if p[-1] == "b" and got[p].get_value().any()]
+  assert len(moved) == 7
+  # A checkpoint has nothing else, and its moments.
+  for arrays in written:
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    assert len([n for n in names if n.startswith("['params']")]) == 21
+    large = [n for n, (_, leaf) in zip(names, leaves, strict=True) if leaf.ndim]
+    assert all("adapter" in n for n in large) and len(large) == 3 * 21
+
+
+def test_a_run_with_adapters_goes_on_exactly(
+  config, folder, tmp_path, monkeypatch
+):
+  config = fine_tuning(config, folder, LoRA(rank=2))
+  loop.train(config, tmp_path / "whole")
+  launch = loop.launch
+
+  def killed(run, batch):
+    if run.step == 3:
+      raise KeyboardInterrupt
+    return launch(run, batch)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(loop, "launch", killed)
+    loop.train(config, tmp_path / "parts")
+  loop.train(config, tmp_path / "parts")
+  assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+  models = [
+    checkpoint.load_for_inference(tmp_path / name)[0]
+    for name in ("parts", "whole")
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *models)
+
+
+def test_a_folder_with_another_model_is_refused(config, folder, tmp_path):
+  config = fine_tuning(config, folder)
+  config.model.activation = "gelu"
+  with pytest.raises(ConfigError, match=r"another model .*activation='gelu'"):
+    loop.train(config, tmp_path / "run")
+  config.train.init_from = str(tmp_path / "nowhere")
+  with pytest.raises(ConfigError, match=r"nowhere.*has no config\.json"):
+    loop.train(config, tmp_path / "other")
+
+
+def test_how_a_model_is_used_may_differ(config, folder, tmp_path):
+  config = fine_tuning(config, folder)
+  config.model.dropout = 0.1
+  config.model.context_length = 4096
+  loop.train(config, tmp_path / "run")
+  assert len(losses(tmp_path / "run")) == 4

@@ -1,18 +1,32 @@
 """Where every token that was read went.
 
 `read = trained + masked + truncated + excluded`, always. The unit is a token of
-the tokenised document, BOS and EOS included. A document of n tokens has n - 1
-targets: its first token is never one and counts as masked. Nothing is ever
-truncated; the field exists so that reports show the zero.
+the tokenised document, BOS and EOS included. A document of n tokens has at most
+n - 1 targets: its first token is never one and counts as masked, and so does
+what is not trained on of a conversation. A record that cannot be laid out has
+no tokens and is counted as a document.
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-EXCLUSIONS = ("held_out", "empty", "too_short", "too_long")
+from jaxchunk.data.chat import Problem
+
+PROBLEMS: tuple[str, ...] = typing.get_args(Problem)
+"""Why a record cannot be laid out."""
+
+EXCLUSIONS = (
+  *PROBLEMS,
+  "held_out",
+  "empty",
+  "too_short",
+  "too_long",
+  "no_target",
+)
 """Why a document is not trained on, in the order in which it is decided."""
 
 KEPT = -1
@@ -28,7 +42,7 @@ class Accounting:
     read: Tokens of those documents.
     trained: Tokens that are targets of the loss.
     masked: Tokens of trained documents that are no target.
-    truncated: Tokens cut off; always 0.
+    truncated: Tokens cut off from documents that are longer than allowed.
     excluded: Tokens of excluded documents, by reason.
     excluded_documents: Their number, by reason.
   """
@@ -115,25 +129,37 @@ class Accounting:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def count_documents(lengths: np.ndarray, reasons: np.ndarray) -> Accounting:
-  """Accounts for documents that are trained whole or excluded.
+def count_documents(
+  lengths: np.ndarray,
+  reasons: np.ndarray,
+  *,
+  used: np.ndarray | None = None,
+  targets: np.ndarray | None = None,
+) -> Accounting:
+  """Accounts for documents that are trained on or excluded.
 
   Args:
     lengths: Tokens of each document, `[documents]` integers.
     reasons: `[documents]` integers: `KEPT`, or an index into `EXCLUSIONS`.
+    used: How many of a document's tokens are used, the others truncated; by
+      default all.
+    targets: How many of those are trained on; by default all but the first.
 
   Returns:
     The counts; reasons that do not occur are left out.
   """
   lengths = np.asarray(lengths, np.int64)
+  used = lengths if used is None else np.asarray(used, np.int64)
+  targets = used - 1 if targets is None else np.asarray(targets, np.int64)
   kept = reasons == KEPT
   masks = {name: reasons == i for i, name in enumerate(EXCLUSIONS)}
   masks = {name: mask for name, mask in masks.items() if mask.any()}
   return Accounting(
     documents=len(lengths),
     read=int(lengths.sum()),
-    trained=int((lengths[kept] - 1).sum()),
-    masked=int(kept.sum()),
+    trained=int(targets[kept].sum()),
+    masked=int((used - targets)[kept].sum()),
+    truncated=int((lengths - used)[kept].sum()),
     excluded={name: int(lengths[m].sum()) for name, m in masks.items()},
     excluded_documents={name: int(m.sum()) for name, m in masks.items()},
   )

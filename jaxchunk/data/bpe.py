@@ -8,6 +8,7 @@ import tokenizers
 from absl import logging
 
 from jaxchunk.data.cache import atomic_write
+from jaxchunk.data.chat import RecordError
 from jaxchunk.data.files import hash_parts
 from jaxchunk.data.sources import Source
 from jaxchunk.data.split import held_out, text_hash
@@ -64,7 +65,10 @@ def trained_bpe(
 def _texts(source: Source, heldout_fraction: float) -> Iterator[str]:
   seen = 0
   for index in range(len(source)):
-    text = source[index]
+    try:
+      text = source[index]
+    except RecordError:
+      continue  # The index raises it, or counts it.
     digest = np.asarray([text_hash(text)], np.uint64)
     if held_out(digest, heldout_fraction)[0]:
       continue

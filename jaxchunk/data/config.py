@@ -1,6 +1,10 @@
 """What to train on: the data half of a run's configuration."""
 
 import dataclasses
+import typing
+from typing import Literal
+
+from jaxchunk.data.chat import Format, TrainOn
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -13,18 +17,30 @@ class DataConfig:
     text_field: JSON field or parquet column that holds the text.
     pattern: Which files of a folder to take. `*.jsonl` and `*.parquet` files
       are read as shards; any other file is one document.
+    format: `"text"`, or of records what they hold: `"messages"`, `"sharegpt"`
+      or `"prompt_completion"` (see `jaxchunk.data.chat`).
+    chat_template: Of conversations: `"chatml"`, the path of a jinja2
+      template, or `None` for the one that the tokenizer brings along.
+    train_on: Of conversations: what the `"assistant"` says, its `"last"` turn
+      only, or `"all"`. Of `"prompt_completion"` the completion, or `"all"`.
+    bad_records: `"raise"` stops at a record that cannot be laid out and names
+      it; `"skip"` leaves it out and counts it by its reason.
     errors: `"strict"` makes invalid UTF-8 an error that names the document;
       `"replace"` puts U+FFFD in its place.
     tokenizer: `"byte"`, `"bpe:<vocabulary size>"` (trained on first use), or
       the path of a `tokenizer.json` or of a folder that holds one.
     parse_special: Whether the text `<|eos|>` in a document means the special
-      token. Off, documents cannot smuggle such tokens in.
-    bos: Put the tokenizer's BOS before every document.
-    eos: Put the tokenizer's EOS behind every document.
+      token. Off, documents cannot smuggle such tokens in; a record that
+      contains one is then a bad record (chat templates use them freely).
+    bos: Put the tokenizer's BOS before every document, unless a chat template
+      lays it out.
+    eos: Put the tokenizer's EOS behind every document, likewise.
     batch_tokens: Most positions (document tokens - 1) in a global batch. A
       longer document forms a batch of its own.
-    max_document_tokens: Exclude longer documents (BOS and EOS count), and
-      report them; never truncate. `None` takes all.
+    max_document_tokens: Longest document (BOS and EOS count). `None` takes
+      all.
+    too_long: `"exclude"` leaves longer documents out, `"truncate"` cuts off
+      their ends; both are counted and reported.
     heldout_fraction: Share of the documents kept for evaluation, chosen by a
       hash of their text: equal documents fall on the same side.
     seed: Of the shuffle, which is new in every epoch.
@@ -39,6 +55,10 @@ class DataConfig:
   source: str = "stdlib"
   text_field: str = "text"
   pattern: str = "**/*.txt"
+  format: Format = "text"
+  chat_template: str | None = None
+  train_on: TrainOn = "assistant"
+  bad_records: Literal["raise", "skip"] = "raise"
   errors: str = "strict"
   tokenizer: str = "bpe:4096"
   parse_special: bool = False
@@ -46,6 +66,7 @@ class DataConfig:
   eos: bool = True
   batch_tokens: int = 65_536
   max_document_tokens: int | None = None
+  too_long: Literal["exclude", "truncate"] = "exclude"
   heldout_fraction: float = 0.02
   seed: int = 0
   num_epochs: int | None = None
@@ -83,6 +104,11 @@ def validate(config: DataConfig) -> None:
     raise ValueError(f"data.prefetch is {config.prefetch}; 0 turns it off")
   if config.seed < 0:
     raise ValueError(f"data.seed is {config.seed}; it must not be negative")
+  for name in ("format", "train_on", "bad_records", "too_long"):
+    value = getattr(config, name)
+    known = typing.get_args(typing.get_type_hints(DataConfig)[name])
+    if value not in known:
+      raise ValueError(f"data.{name} is {value!r}; it is one of {list(known)}")
   if config.errors not in ("strict", "replace"):
     raise ValueError(
       f"data.errors is {config.errors!r}; it is 'strict' or 'replace'"

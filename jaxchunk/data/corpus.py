@@ -1,14 +1,24 @@
 """Documents, tokenizer and length index together: what a run trains on."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int8
+from jaxtyping import Int8, Int64
 
-from jaxchunk.data.accounting import EXCLUSIONS, KEPT, count_documents
+from jaxchunk.data.accounting import (
+  EXCLUSIONS,
+  KEPT,
+  PROBLEMS,
+  Accounting,
+  count_documents,
+)
+from jaxchunk.data.bpe import SPECIALS
 from jaxchunk.data.cache import cache_folder
+from jaxchunk.data.chat import Layout, load_template
 from jaxchunk.data.config import DataConfig, validate
 from jaxchunk.data.index import LengthIndex, load_index, read_tokens
 from jaxchunk.data.sources import Source, load_source
@@ -28,6 +38,9 @@ class Corpus:
     index: The length of every document.
     reasons: `accounting.KEPT`, or the index into `accounting.EXCLUSIONS` of why
       a document is not trained on, `[documents]`.
+    lengths: Tokens of each document that are used, BOS and EOS included,
+      `[documents]`; less than the index has where documents are truncated.
+    targets: How many of those are trained on, `[documents]`.
   """
 
   config: DataConfig
@@ -35,6 +48,26 @@ class Corpus:
   tokenizer: Tokenizer
   index: LengthIndex
   reasons: Int8[np.ndarray, " documents"]
+  lengths: Int64[np.ndarray, " documents"]
+  targets: Int64[np.ndarray, " documents"]
+
+  @functools.cached_property
+  def byte_lengths(self) -> Int64[np.ndarray, " documents"]:
+    """Bytes of the text that is trained on, `[documents]`.
+
+    Where a document is truncated, in proportion to its tokens.
+    """
+    share = self.targets / np.maximum(self.index.targets, 1)
+    return np.rint(self.index.byte_lengths * share).astype(np.int64)
+
+  def count(self, documents: Any = slice(None)) -> Accounting:
+    """Accounts for documents, by default all."""
+    return count_documents(
+      self.index.lengths[documents],
+      self.reasons[documents],
+      used=self.lengths[documents],
+      targets=self.targets[documents],
+    )
 
 
 def open_corpus(
@@ -57,9 +90,21 @@ def open_corpus(
   validate(config)
   config = dataclasses.replace(config)
   cache_dir = cache_folder(config.cache_dir)
+  records = config.format != "text"
+  layout = None
+  if records:
+    specials: tuple[str, ...] = SPECIALS
+    if tokenizer is None and not config.tokenizer.startswith("bpe:"):
+      tokenizer = load_tokenizer(
+        config.tokenizer, parse_special=config.parse_special
+      )
+    if tokenizer is not None:
+      specials = tokenizer.specials
+    layout = _layout(config, () if config.parse_special else specials)
   source = load_source(
     config.source,
     cache_dir=cache_dir,
+    layout=layout,
     text_field=config.text_field,
     pattern=config.pattern,
     errors=config.errors,
@@ -72,18 +117,28 @@ def open_corpus(
       heldout_fraction=config.heldout_fraction,
       parse_special=config.parse_special,
     )
+  enclosed = layout is None or layout.template is None
   index = load_index(
     source,
     tokenizer,
-    bos=config.bos,
-    eos=config.eos,
+    bos=config.bos and enclosed,
+    eos=config.eos and enclosed,
     cache_dir=cache_dir,
     cache_tokens=config.cache_tokens,
+    masked=records,
+    skip_bad=config.bad_records == "skip",
   )
+  lengths, targets = _used(index, source, tokenizer, config)
   corpus = Corpus(
-    config, source, tokenizer, index, _exclusion_reasons(index, config)
+    config,
+    source,
+    tokenizer,
+    index,
+    _exclusion_reasons(index, config, targets),
+    lengths,
+    targets,
   )
-  whole = count_documents(index.lengths, corpus.reasons)
+  whole = corpus.count()
   if whole.trained == 0:
     raise ValueError(
       f"data.source {config.source!r} leaves nothing to train on: of"
@@ -100,6 +155,33 @@ def open_corpus(
   return corpus
 
 
+def _layout(config: DataConfig, forbidden: tuple[str, ...]) -> Layout:
+  """How the records become documents."""
+  template = None
+  if config.format != "prompt_completion" or config.chat_template:
+    template = load_template(config.chat_template, config.tokenizer)
+  return Layout(config.format, template, config.train_on, tuple(forbidden))
+
+
+def _used(
+  index: LengthIndex,
+  source: Source,
+  tokenizer: Tokenizer,
+  config: DataConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens of each document that are used, and how many are trained on."""
+  longest = config.max_document_tokens
+  if longest is None or config.too_long == "exclude":
+    return index.lengths, index.targets
+  lengths = np.minimum(index.lengths, longest)
+  targets = np.minimum(index.targets, longest - 1)
+  if index.layout.masked:
+    for document in np.flatnonzero(index.lengths > longest):
+      _, trained = read_tokens(index, source, tokenizer, int(document))
+      targets[document] = trained[1:longest].sum()
+  return lengths, targets
+
+
 def describe(corpus: Corpus) -> str:
   """Size, tail and fate of the documents, for the head of a run's log."""
   lengths = corpus.index.lengths
@@ -107,13 +189,14 @@ def describe(corpus: Corpus) -> str:
   return (
     f"{len(lengths):,} documents, {corpus.index.byte_lengths.sum():,} bytes,"
     f" {lengths.sum():,} tokens; median {median:,.0f}, 99th percentile"
-    f" {tail:,.0f}, longest {lengths.max():,}\n"
-    + count_documents(lengths, corpus.reasons).table()
+    f" {tail:,.0f}, longest {lengths.max():,}\n" + corpus.count().table()
   )
 
 
 def read_examples(corpus: Corpus, documents: Iterable[int]) -> list[Example]:
   """Reads documents as examples: inputs `t[:-1]`, targets `t[1:]`.
+
+  What is not trained on of a document has the weight 0.
 
   Args:
     corpus: Where they are.
@@ -121,14 +204,16 @@ def read_examples(corpus: Corpus, documents: Iterable[int]) -> list[Example]:
   """
   examples = []
   for document in map(int, documents):
-    tokens = read_tokens(
+    tokens, trained = read_tokens(
       corpus.index, corpus.source, corpus.tokenizer, document
     )
+    used = int(corpus.lengths[document])
+    tokens, trained = tokens[:used], trained[:used]
     examples.append(
       Example(
         tokens=tokens[:-1],
         targets=tokens[1:],
-        weights=np.ones(len(tokens) - 1, np.float32),
+        weights=trained[1:].astype(np.float32),
         document_id=document,
       )
     )
@@ -149,22 +234,25 @@ def heldout_examples(
   """
   index, config = corpus.index, corpus.config
   unsplit = dataclasses.replace(config, heldout_fraction=0.0)
-  usable = _exclusion_reasons(index, unsplit) == KEPT
+  usable = _exclusion_reasons(index, unsplit, corpus.targets) == KEPT
   chosen = np.flatnonzero(
     usable & (corpus.reasons == EXCLUSIONS.index("held_out"))
   )
   # By hash, so that a prefix is as good a sample as any.
   chosen = chosen[np.argsort(index.hashes[chosen], kind="stable")]
   if max_tokens is not None:
-    chosen = chosen[np.cumsum(index.lengths[chosen] - 1) <= max_tokens]
+    chosen = chosen[np.cumsum(corpus.lengths[chosen] - 1) <= max_tokens]
   return read_examples(corpus, chosen)
 
 
 def _exclusion_reasons(
-  index: LengthIndex, config: DataConfig
+  index: LengthIndex, config: DataConfig, targets: np.ndarray
 ) -> Int8[np.ndarray, " documents"]:
-  enclosing = config.bos + config.eos
+  layout = index.layout
+  enclosing = (layout.bos_id is not None) + (layout.eos_id is not None)
   longest = config.max_document_tokens
+  if config.too_long == "truncate":
+    longest = None
   excluded = {
     "held_out": held_out(index.hashes, config.heldout_fraction),
     # BOS and EOS around nothing would be a document of two tokens.
@@ -173,6 +261,8 @@ def _exclusion_reasons(
     "too_long": np.zeros(len(index), bool)
     if longest is None
     else index.lengths > longest,
+    "no_target": targets < 1,
+    **{name: index.problems == n for n, name in enumerate(PROBLEMS)},
   }
   reasons = np.full(len(index), KEPT, np.int8)
   for number, reason in reversed(list(enumerate(EXCLUSIONS))):

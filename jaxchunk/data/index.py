@@ -8,21 +8,23 @@ import contextlib
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tqdm
 from absl import logging
-from jaxtyping import Int64, UInt32, UInt64
+from jaxtyping import Int8, Int64, UInt32, UInt64
 
+from jaxchunk.data.accounting import PROBLEMS
 from jaxchunk.data.cache import Arrays, atomic_write, cached_arrays
+from jaxchunk.data.chat import Document, RecordError
 from jaxchunk.data.files import hash_parts
 from jaxchunk.data.sources import Source
 from jaxchunk.data.split import text_hash
 from jaxchunk.data.tokenizers import Tokenizer
 
-_VERSION = "1"
+_VERSION = "2"
 _DOCUMENTS_AT_ONCE = 256
 _CHARACTERS_AT_ONCE = 4 << 20
 _QUIET_SECONDS = 3.0
@@ -31,16 +33,26 @@ _ARRAYS = {
   "byte_lengths": np.int64,
   "hashes": np.uint64,
   "checksums": np.uint32,
+  "targets": np.int64,
+  "problems": np.int8,
 }
+_NO_PROBLEM = -1
+# In a cached token: that it is trained on.
+_TRAINED = np.uint32(1 << 31)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-  """How the tokens of a document are laid out; `None` puts nothing there."""
+  """How the tokens of a document are laid out; `None` puts nothing there.
+
+  Where `masked`, special tokens are read out of the text, and every token on
+  disk says whether it is trained on.
+  """
 
   bos_id: int | None
   eos_id: int | None
   dtype: str
+  masked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +61,13 @@ class LengthIndex:
 
   Attributes:
     lengths: Tokens, BOS and EOS included, `[documents]`.
-    byte_lengths: Bytes of the text as UTF-8, `[documents]`.
+    byte_lengths: Bytes, as UTF-8, of the text that is trained on,
+      `[documents]`.
     hashes: `split.text_hash` of the text, `[documents]`.
     checksums: CRC-32 of the tokens as cached, `[documents]`.
+    targets: Tokens that are trained on, `[documents]`; the first never is.
+    problems: Index into `accounting.PROBLEMS` of why a record has no tokens,
+      `[documents]`; -1 is none.
     layout: What encloses a document, and its type on disk.
     tokens_path: Where the tokens are cached, or `None`.
   """
@@ -60,6 +76,8 @@ class LengthIndex:
   byte_lengths: Int64[np.ndarray, " documents"]
   hashes: UInt64[np.ndarray, " documents"]
   checksums: UInt32[np.ndarray, " documents"]
+  targets: Int64[np.ndarray, " documents"]
+  problems: Int8[np.ndarray, " documents"]
   layout: _Layout
   tokens_path: Path | None
 
@@ -80,6 +98,8 @@ def load_index(
   eos: bool,
   cache_dir: Path,
   cache_tokens: bool = True,
+  masked: bool = False,
+  skip_bad: bool = False,
 ) -> LengthIndex:
   """Reads the index of these documents under this tokenizer, or builds it.
 
@@ -91,10 +111,12 @@ def load_index(
     cache_dir: Where the index is kept. A corrupt one is rebuilt, with a
       warning in the log.
     cache_tokens: Keep the tokens as well.
+    masked: Documents come from records, and parts may not be trained on.
+    skip_bad: Leave out records that cannot be laid out.
 
   Raises:
     ValueError: The tokenizer has no BOS or EOS token, or a document cannot be
-      read.
+      read or laid out.
   """
   ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
   wanted = {"bos": bos, "eos": eos}
@@ -106,7 +128,8 @@ def load_index(
   layout = _Layout(
     bos_id=tokenizer.bos_id if bos else None,
     eos_id=tokenizer.eos_id if eos else None,
-    dtype="<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4",
+    dtype="<u4" if masked or tokenizer.vocab_size > 1 << 16 else "<u2",
+    masked=masked,
   )
   key = hash_parts(
     _VERSION,
@@ -114,6 +137,7 @@ def load_index(
     tokenizer.fingerprint,
     repr(layout),
     str(cache_tokens),
+    str(skip_bad),
   )
   tokens_path = cache_dir / f"tokens-{key}.bin" if cache_tokens else None
 
@@ -127,7 +151,7 @@ def load_index(
 
   arrays = cached_arrays(
     cache_dir / f"index-{key}.npz",
-    lambda: _build(source, tokenizer, layout, tokens_path),
+    lambda: _build(source, tokenizer, layout, tokens_path, skip_bad),
     valid=valid,
   )
   return LengthIndex(layout=layout, tokens_path=tokens_path, **arrays)
@@ -135,10 +159,13 @@ def load_index(
 
 def read_tokens(
   index: LengthIndex, source: Source, tokenizer: Tokenizer, document: int
-) -> np.ndarray:
-  """The tokens of one document, BOS and EOS included, `[T]` int32.
+) -> tuple[np.ndarray, np.ndarray]:
+  """The tokens of one document, BOS and EOS included, and which are trained.
 
   From the cache; where that is missing or corrupt, from the text.
+
+  Returns:
+    `[T]` int32 and `[T]` bool.
 
   Raises:
     ValueError: The document has changed since the index was built.
@@ -156,7 +183,7 @@ def read_tokens(
     except OSError:
       stored = np.zeros(0, dtype)
     if zlib.crc32(stored.tobytes()) == index.checksums[document]:
-      return stored.astype(np.int32)
+      return _unpacked(stored, index.layout)
     logging.log_first_n(
       logging.WARNING,
       "%s is damaged (document %d): tokenising again; delete it to rebuild it",
@@ -164,19 +191,41 @@ def read_tokens(
       index.tokens_path,
       document,
     )
-  text = source[document]
-  if text_hash(text) != index.hashes[document]:
+  read = source.document(document)
+  if text_hash(read.text) != index.hashes[document]:
     raise ValueError(
       f"{source.name(document)} is not what it was when the index was built:"
       " the data has changed during the run; start it again"
     )
-  return _enclose(tokenizer.encode(text), index.layout)
+  packed = next(_packed([read], tokenizer, index.layout))
+  return _unpacked(packed, index.layout)
 
 
-def _enclose(ids: np.ndarray, layout: _Layout) -> np.ndarray:
+def _packed(
+  documents: Sequence[Document], tokenizer: Tokenizer, layout: _Layout
+) -> Iterator[np.ndarray]:
+  """The tokens of documents as they are on disk."""
   before = [] if layout.bos_id is None else [layout.bos_id]
   after = [] if layout.eos_id is None else [layout.eos_id]
-  return np.concatenate([before, ids, after]).astype(np.int32)
+  if not layout.masked:
+    for ids in tokenizer.encode_batch([d.text for d in documents]):
+      yield np.concatenate([before, ids, after]).astype(layout.dtype)
+    return
+  for ids, mask in tokenizer.encode_documents(documents):
+    tokens = np.concatenate([before, ids, after]).astype(np.uint32)
+    # What ends a document is learnt where it follows what is learnt.
+    ends = mask[-1:].repeat(len(after))
+    trained = np.concatenate([np.zeros(len(before), bool), mask, ends])
+    yield np.where(trained, tokens | _TRAINED, tokens).astype(layout.dtype)
+
+
+def _unpacked(
+  stored: np.ndarray, layout: _Layout
+) -> tuple[np.ndarray, np.ndarray]:
+  if not layout.masked:
+    return stored.astype(np.int32), np.ones(len(stored), bool)
+  trained = (stored & _TRAINED) > 0
+  return (stored & ~_TRAINED).astype(np.int32), trained
 
 
 def _build(
@@ -184,10 +233,11 @@ def _build(
   tokenizer: Tokenizer,
   layout: _Layout,
   tokens_path: Path | None,
+  skip_bad: bool,
 ) -> Arrays:
   """Tokenises everything once, writing the tokens as it goes."""
   logging.info("Building the length index of %d documents", len(source))
-  rows: list[tuple[int, int, int, int]] = []
+  rows: list[tuple[int, ...]] = []
   with contextlib.ExitStack() as stack:
     file = tokens_path and stack.enter_context(atomic_write(tokens_path))
     # Shows itself only when the wait is long enough to wonder.
@@ -196,16 +246,30 @@ def _build(
         total=len(source), desc="tokenising", unit="doc", delay=_QUIET_SECONDS
       )
     )
-    for texts in _grouped(source):
-      for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        stored = _enclose(ids, layout).astype(layout.dtype).tobytes()
-        length = len(stored) // np.dtype(layout.dtype).itemsize
+    for group in _grouped(source, skip_bad):
+      good = [item for item in group if isinstance(item, Document)]
+      packed = _packed(good, tokenizer, layout)
+      for item in group:
+        if isinstance(item, RecordError):
+          logging.log_first_n(logging.WARNING, "Skipped: %s", 10, item)
+          rows.append((0, 0, 0, 0, 0, PROBLEMS.index(item.problem)))
+          continue
+        stored = next(packed)
+        _, trained = _unpacked(stored, layout)
+        raw = stored.tobytes()
         rows.append(
-          (length, len(text.encode()), text_hash(text), zlib.crc32(stored))
+          (
+            len(stored),
+            _trained_bytes(item),
+            text_hash(item.text),
+            zlib.crc32(raw),
+            int(trained[1:].sum()),
+            _NO_PROBLEM,
+          )
         )
         if file:
-          file.write(stored)
-      progress.update(len(texts))
+          file.write(raw)
+      progress.update(len(group))
   columns = zip(*rows, strict=True)
   return {
     name: np.asarray(column, dtype)
@@ -213,14 +277,31 @@ def _build(
   }
 
 
-def _grouped(source: Source) -> Iterator[list[str]]:
-  """The texts in order, in groups that keep every core busy."""
-  group: list[str] = []
+def _trained_bytes(document: Document) -> int:
+  text, spans = document.text, document.trained
+  if spans is None:
+    return len(text.encode())
+  return sum(len(text[start:stop].encode()) for start, stop in spans)
+
+
+def _grouped(
+  source: Source, skip_bad: bool
+) -> Iterator[list[Document | RecordError]]:
+  """The documents in order, in groups that keep every core busy."""
+  group: list[Document | RecordError] = []
   size = 0
-  for document in range(len(source)):
-    text = source[document]
-    group.append(text)
-    size += len(text)
+  for number in range(len(source)):
+    try:
+      document = source.document(number)
+      group.append(document)
+      size += len(document.text)
+    except RecordError as error:
+      if not skip_bad:
+        raise RecordError(
+          error.problem,
+          f"{error} (data.bad_records='skip' leaves such records out)",
+        ) from error
+      group.append(error)
     if len(group) >= _DOCUMENTS_AT_ONCE or size >= _CHARACTERS_AT_ONCE:
       yield group
       group, size = [], 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import grain
 
-from jaxchunk.data.accounting import KEPT, Accounting, count_documents
+from jaxchunk.data.accounting import KEPT, Accounting
 from jaxchunk.data.corpus import Corpus, read_examples
 from jaxchunk.data.plan import (
   EpochPlan,
@@ -18,6 +18,7 @@ from jaxchunk.data.plan import (
 from jaxchunk.types import Example
 
 _CURSOR_VERSION = 1
+_DEFAULTS = {"too_long": "exclude", "bad_records": "raise"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ class BatchIterator(grain.DatasetIterator):
       raise StopIteration
     if self._plan is None or self._plan.epoch != self._epoch:
       self._plan = plan_epoch(
-        corpus.index.lengths,
+        corpus.lengths,
         corpus.reasons == KEPT,
         seed=config.seed,
         epoch=self._epoch,
@@ -82,9 +83,7 @@ class BatchIterator(grain.DatasetIterator):
     end = batch_end(plan, start, config.batch_tokens)
     examples = read_examples(corpus, batch_documents(plan, start, end))
     passed = plan.order[start:end]
-    counted = count_documents(
-      corpus.index.lengths[passed], corpus.reasons[passed]
-    ).check()
+    counted = corpus.count(passed).check()
     batch = GlobalBatch(
       examples=examples,
       epoch=self._epoch,
@@ -129,7 +128,8 @@ class BatchIterator(grain.DatasetIterator):
     differing = [
       f"{name} was {saved.get(name)!r} and is {value!r}"
       for name, value in self._identity.items()
-      if saved.get(name) != value
+      # A cursor of before there was the field means its default.
+      if saved.get(name, _DEFAULTS.get(name)) != value
     ]
     if differing:
       raise ValueError(
@@ -185,4 +185,6 @@ def _identity(corpus: Corpus) -> dict[str, Any]:
     "seed": config.seed,
     "heldout_fraction": config.heldout_fraction,
     "max_document_tokens": config.max_document_tokens,
+    "too_long": config.too_long,
+    "bad_records": config.bad_records,
   }

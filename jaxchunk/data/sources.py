@@ -1,20 +1,22 @@
-"""Documents of text by number: files, JSON lines, parquet, Python's library.
+"""Documents by number: files, JSON lines, parquet, Python's library.
 
-A source holds names and offsets, never the texts, and reads a document when it
-is asked for. Every problem of the data is one error that names the document.
+A document is a text, or is made from a record by a `chat.Layout`. A source
+holds names and offsets, never the texts, and reads a document when it is asked
+for. Every problem of the data is one error that names the document.
 """
 
 import json
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxchunk.data.chat import Document, Layout, RecordError
 from jaxchunk.data.files import (
   hash_files,
   hash_parts,
@@ -29,7 +31,7 @@ _STDLIB_LEAVES_OUT = frozenset(
 
 
 class Source(Protocol):
-  """Documents of text by number."""
+  """Documents by number."""
 
   @property
   def fingerprint(self) -> str:
@@ -38,14 +40,31 @@ class Source(Protocol):
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> str: ...
+  def __getitem__(self, index: int) -> str:
+    """Its text."""
+    ...
+
+  def document(self, index: int) -> Document:
+    """Its text and which part of that is trained on."""
+    ...
 
   def name(self, index: int) -> str:
     """What to call the document in a message."""
     ...
 
 
-class FileSource:
+class _Texts:
+  """Documents of which everything is trained on."""
+
+  def __getitem__(self, index: int) -> str:
+    raise NotImplementedError
+
+  def document(self, index: int) -> Document:
+    """The whole text."""
+    return Document(self[index])
+
+
+class FileSource(_Texts):
   """One document per file."""
 
   def __init__(
@@ -74,7 +93,7 @@ class FileSource:
     return self._files[index].relative_to(self._root).as_posix()
 
 
-class JsonlSource:
+class JsonlSource(_Texts):
   """One document per line of JSON; blank lines are no documents."""
 
   def __init__(
@@ -99,7 +118,8 @@ class JsonlSource:
   def __len__(self) -> int:
     return len(self._offsets)
 
-  def __getitem__(self, index: int) -> str:
+  def record(self, index: int) -> Mapping[str, Any]:
+    """The object of a line."""
     path, name = self._files[self._file_of[index]], self.name(index)
     # Opened each time: cheap beside parsing, and any thread may read.
     with opening(path), path.open("rb") as file:
@@ -117,6 +137,10 @@ class JsonlSource:
         f"{name} is a JSON {type(record).__name__}; each line must be one"
         " object"
       )
+    return record
+
+  def __getitem__(self, index: int) -> str:
+    record, name = self.record(index), self.name(index)
     if self._field not in record:
       raise ValueError(
         f"{name} has no field {self._field!r}, only {sorted(record)}; set"
@@ -135,8 +159,10 @@ class JsonlSource:
     return f"{file}:{self._lines[index]}"
 
 
-class ParquetSource:
-  """One document per row; keeps the column of one row group in memory.
+class ParquetSource(_Texts):
+  """One document per row; keeps one row group in memory.
+
+  Of its columns, that with the text; without one, all that it has.
 
   Rows in file order cost one read per row group, rows in random order one read
   per row: leave `data.cache_tokens` on.
@@ -146,13 +172,13 @@ class ParquetSource:
     self,
     files: Sequence[Path],
     *,
-    column: str = "text",
+    column: str | None = "text",
     errors: str = "strict",
     cache_dir: Path,
   ):
     self._files, self._column, self._errors = list(files), column, errors
     digests = hash_files(self._files, cache_dir)
-    self.fingerprint = hash_parts("parquet", column, errors, *digests)
+    self.fingerprint = hash_parts("parquet", str(column), errors, *digests)
     groups = [
       (file, group, rows)
       for file, path in enumerate(self._files)
@@ -165,12 +191,13 @@ class ParquetSource:
     self._file_starts = self._starts[
       np.searchsorted(file_of, np.arange(len(self._files)))
     ]
-    self._last: tuple[int, pa.ChunkedArray] | None = None
+    self._last: tuple[int, pa.Table] | None = None
 
   def __len__(self) -> int:
     return int(self._starts[-1])
 
-  def __getitem__(self, index: int) -> str:
+  def record(self, index: int) -> Mapping[str, Any]:
+    """The values of a row by column."""
     if not -len(self) <= index < len(self):
       raise IndexError(f"no row {index} in a source of {len(self)}")
     index %= len(self)
@@ -179,7 +206,16 @@ class ParquetSource:
     last = self._last
     if last is None or last[0] != group:
       self._last = last = (group, self._read(group))
-    value = last[1][index - int(self._starts[group])].as_py()
+    row = last[1].slice(index - int(self._starts[group]), 1)
+    try:
+      return dict(row.to_pylist()[0])
+    except UnicodeDecodeError as error:
+      raise ValueError(
+        f"{self.name(index)} is not UTF-8 ({error}); mend the row"
+      ) from error
+
+  def __getitem__(self, index: int) -> str:
+    value = self.record(index)[str(self._column)]
     if value is None:
       raise ValueError(
         f"{self.name(index)} has no value in column {self._column!r}; filter"
@@ -187,16 +223,20 @@ class ParquetSource:
       )
     return to_text(value, errors=self._errors, name=self.name(index))
 
-  def _read(self, group: int) -> pa.ChunkedArray:
+  def _read(self, group: int) -> pa.Table:
     file, number = self._groups[group]
+    wanted = None if self._column is None else [self._column]
     with opening(self._files[file]), pq.ParquetFile(self._files[file]) as rows:
-      column = rows.read_row_group(number, columns=[self._column]).column(0)
+      table = rows.read_row_group(number, columns=wanted)
+    if self._column is None:
+      return table
     # As bytes: arrow does not check UTF-8, and its own error names no row.
+    column = table.column(0)
     large = pa.types.is_large_string(column.type)
     small = pa.types.is_string(column.type)
     if large or small:
       column = column.cast(pa.large_binary() if large else pa.binary())
-    return column
+    return pa.table({self._column: column})
 
   def name(self, index: int) -> str:
     """File and row number, from 0."""
@@ -206,10 +246,43 @@ class ParquetSource:
     return f"{self._files[file]}:row {index - int(self._file_starts[file])}"
 
 
+class RecordSource:
+  """One document per record of JSON lines or parquet, laid out as text."""
+
+  def __init__(self, records: JsonlSource | ParquetSource, layout: Layout):
+    self._records, self._layout = records, layout
+    self.fingerprint = hash_parts(
+      "records", records.fingerprint, layout.fingerprint
+    )
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> str:
+    return self.document(index).text
+
+  def document(self, index: int) -> Document:
+    """The text of the record and what is trained on.
+
+    Raises:
+      RecordError: It cannot be laid out; names file and line.
+    """
+    record = self._records.record(index)
+    try:
+      return self._layout.document(record)
+    except RecordError as error:
+      raise RecordError(error.problem, f"{self.name(index)} {error}") from error
+
+  def name(self, index: int) -> str:
+    """File and line, or row."""
+    return self._records.name(index)
+
+
 def load_source(
   spec: str,
   *,
   cache_dir: Path,
+  layout: Layout | None = None,
   text_field: str = "text",
   pattern: str = "**/*.txt",
   errors: str = "strict",
@@ -220,6 +293,7 @@ def load_source(
     spec: `"stdlib"`, or the path of a `.jsonl` file, a `.parquet` file or a
       folder.
     cache_dir: Where line offsets and hashes of large files are kept.
+    layout: Of records; `None` where documents are texts.
     text_field: JSON field or parquet column that holds the text.
     pattern: Which files of a folder to take; if it ends in `.jsonl` or
       `.parquet` they are shards, otherwise one document each.
@@ -234,6 +308,11 @@ def load_source(
       kind of file is unknown.
   """
   if spec == "stdlib":
+    if layout is not None:
+      raise ValueError(
+        f"data.format {layout.format!r} does not go with data.source 'stdlib',"
+        " which has texts"
+      )
     return _stdlib(errors, cache_dir)
   root = Path(spec).expanduser()
   if not root.exists():
@@ -257,12 +336,22 @@ def load_source(
       )
   source: Source
   if suffix == ".jsonl":
-    source = JsonlSource(
+    lines = JsonlSource(
       files, field=text_field, errors=errors, cache_dir=cache_dir
     )
+    source = RecordSource(lines, layout) if layout else lines
   elif suffix == ".parquet":
-    source = ParquetSource(
-      files, column=text_field, errors=errors, cache_dir=cache_dir
+    rows = ParquetSource(
+      files,
+      column=None if layout else text_field,
+      errors=errors,
+      cache_dir=cache_dir,
+    )
+    source = RecordSource(rows, layout) if layout else rows
+  elif layout is not None:
+    raise ValueError(
+      f"data.format {layout.format!r} wants records: .jsonl or .parquet files,"
+      f" not {pattern!r}"
     )
   else:
     source = FileSource(root, files, errors=errors, cache_dir=cache_dir)
@@ -287,9 +376,17 @@ def _stdlib(errors: str, cache_dir: Path) -> FileSource:
   return FileSource(root, files, errors=errors, cache_dir=cache_dir)
 
 
-def _row_groups(path: Path, column: str) -> list[int]:
+def _row_groups(path: Path, column: str | None) -> list[int]:
   with opening(path), pq.ParquetFile(path) as file:
     schema, metadata = file.schema_arrow, file.metadata
+  if column is not None:
+    _check_column(path, schema, column)
+  return [
+    metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)
+  ]
+
+
+def _check_column(path: Path, schema: pa.Schema, column: str) -> None:
   if column not in schema.names:
     raise ValueError(
       f"{path} has no column {column!r}, only {schema.names}; set"
@@ -299,6 +396,3 @@ def _row_groups(path: Path, column: str) -> list[int]:
   texts = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
   if kind not in texts:
     raise ValueError(f"{path}: column {column!r} is {kind}, not text")
-  return [
-    metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)
-  ]

@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from jaxchunk.data.bpe import SPECIALS, trained_bpe
 from jaxchunk.data.cache import atomic_write
+from jaxchunk.data.chat import Document
 from jaxchunk.data.files import hash_parts
 from jaxchunk.data.sources import Source
 
@@ -28,6 +29,7 @@ _FORMS = (
 )
 
 Ids = Int32[np.ndarray, " T"]
+Mask = Bool[np.ndarray, " T"]
 
 
 class Tokenizer(Protocol):
@@ -54,6 +56,11 @@ class Tokenizer(Protocol):
     ...
 
   @property
+  def specials(self) -> tuple[str, ...]:
+    """The texts that stand for special tokens where they are parsed."""
+    ...
+
+  @property
   def fingerprint(self) -> str:
     """Hash of everything that decides which ids a text gets."""
     ...
@@ -74,6 +81,16 @@ class Tokenizer(Protocol):
     """
     ...
 
+  def encode_documents(
+    self, documents: Sequence[Document]
+  ) -> list[tuple[Ids, Mask]]:
+    """Ids of each document, and which are trained on.
+
+    Special tokens are read out of texts. A token is trained on if one of its
+    characters is.
+    """
+    ...
+
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of the ids; special and unknown ones leave nothing behind."""
     ...
@@ -91,6 +108,7 @@ class ByteTokenizer:
   pad_id: int = 256
   bos_id: int | None = 257
   eos_id: int | None = 258
+  specials: tuple[str, ...] = ()
   fingerprint: str = "byte-259"
 
   def encode(self, text: str) -> Ids:
@@ -105,6 +123,18 @@ class ByteTokenizer:
     """The bytes of the text, each of which is one."""
     ids = self.encode(text)
     return ids, np.ones_like(ids)
+
+  def encode_documents(
+    self, documents: Sequence[Document]
+  ) -> list[tuple[Ids, Mask]]:
+    """The bytes of each document, and which are trained on."""
+    encoded = []
+    for document in documents:
+      ids = self.encode(document.text)
+      sizes = [len(character.encode()) for character in document.text]
+      owner = np.repeat(np.arange(len(sizes)), sizes)
+      encoded.append((ids, _overlapping(document, owner, owner + 1)))
+    return encoded
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """The text of the bytes, with U+FFFD for what is not UTF-8."""
@@ -137,6 +167,8 @@ class JsonTokenizer:
     backend.no_padding()
     backend.encode_special_tokens = not parse_special
     self._backend, self._definition = backend, definition
+    added = backend.get_added_tokens_decoder().values()
+    self.specials = tuple(token.content for token in added if token.special)
     self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
     self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
     self.bos_id, self.eos_id, pad_id = (
@@ -181,6 +213,25 @@ class JsonTokenizer:
     ends[-1:] = len(text)
     return ids, np.diff(before[ends], prepend=0).astype(np.int32)
 
+  def encode_documents(
+    self, documents: Sequence[Document]
+  ) -> list[tuple[Ids, Mask]]:
+    """Ids of each document, computed on all cores, and which are trained."""
+    before = self._backend.encode_special_tokens
+    self._backend.encode_special_tokens = False
+    try:
+      encodings = self._backend.encode_batch(
+        [document.text for document in documents], add_special_tokens=False
+      )
+    finally:
+      self._backend.encode_special_tokens = before
+    encoded = []
+    for document, encoding in zip(documents, encodings, strict=True):
+      offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+      mask = _overlapping(document, offsets[:, 0], offsets[:, 1])
+      encoded.append((np.asarray(encoding.ids, np.int32), mask))
+    return encoded
+
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of the ids; special and unknown ones leave nothing behind."""
     values = np.asarray(ids, np.int64)
@@ -192,6 +243,18 @@ class JsonTokenizer:
     with atomic_write(Path(folder) / "tokenizer.json") as file:
       file.write(self._definition.encode())
     _write_json(Path(folder) / "tokenizer_config.json", dict(self._names))
+
+
+def _overlapping(
+  document: Document, starts: np.ndarray, stops: np.ndarray
+) -> np.ndarray:
+  """Which tokens, with characters [start, stop), have one that is trained."""
+  if document.trained is None:
+    return np.ones(len(starts), bool)
+  mask = np.zeros(len(starts), bool)
+  for start, stop in document.trained:
+    mask |= (starts < stop) & (stops > start)
+  return mask
 
 
 class StreamDecoder:

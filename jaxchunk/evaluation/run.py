@@ -208,7 +208,7 @@ def _open(workdir: Path, settings: Settings) -> _Subject:
     "source": data.source,
     "documents_fingerprint": corpus.source.fingerprint,
     "tokenizer_fingerprint": tokenizer.fingerprint,
-    "trained_length": int(trained.index.lengths[trained.reasons == KEPT].max()),
+    "trained_length": int(trained.lengths[trained.reasons == KEPT].max()),
     "jaxchunk": importlib.metadata.version("jaxchunk"),
     "jax": jax.__version__,
   }
@@ -245,7 +245,7 @@ def _examples(
     examples = heldout_examples(corpus, max_tokens=limit)
   else:
     kept = np.flatnonzero(corpus.reasons == KEPT)
-    fits = np.cumsum(corpus.index.lengths[kept] - 1) <= limit
+    fits = np.cumsum(corpus.lengths[kept] - 1) <= limit
     examples = read_examples(corpus, kept[fits])
   if not examples:
     raise ValueError(

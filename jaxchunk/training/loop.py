@@ -242,7 +242,7 @@ def ids_of(pending: Pending) -> list[int]:
 
 def _compile(run: Run) -> None:
   """Compiles the programs for all lengths, so that no later step has to."""
-  kept = run.corpus.index.lengths[run.corpus.reasons == KEPT]
+  kept = run.corpus.lengths[run.corpus.reasons == KEPT]
   start_time = time.perf_counter()
   count = executor.warm_up(
     run.model,
@@ -320,7 +320,7 @@ def finish(run: Run, pending: Pending, saver: Saver) -> dict[str, Any]:
   now = time.perf_counter()
   seconds, run.clock = now - run.clock, now
   loss, tokens = float(got.loss), float(got.tokens)
-  size = run.corpus.index.byte_lengths
+  size = run.corpus.byte_lengths
   read = sum(int(size[e.document_id]) for e in pending.batch.examples)
   if pending.batch.last_of_epoch:
     total = pending.batch.epoch_accounting
@@ -365,7 +365,7 @@ def heldout_bits_per_byte(run: Run) -> float:
     executor.loss_sum(model, group, chunk_size=size) for group in groups
   ]
   nats = sum(map(float, jax.device_get(losses)))
-  lengths = run.corpus.index.byte_lengths
+  lengths = run.corpus.byte_lengths
   read = sum(int(lengths[e.document_id]) for e in run.heldout)
   return nats / math.log(2) / max(read, 1)
 

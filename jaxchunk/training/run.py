@@ -230,7 +230,7 @@ def report_info(run: Run, total: Accounting) -> info.RunInfo:
 def _memory(run: Run) -> info.Memory:
   """Predicted memory up to the longest document of the corpus."""
   size = run.config.train.chunk_size
-  longest = max(int(run.corpus.index.lengths.max()), 2 * size)
+  longest = max(int(run.corpus.lengths.max()), 2 * size)
   lengths = [size]
   while lengths[-1] < longest:
     lengths.append(2 * lengths[-1])

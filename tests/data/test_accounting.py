@@ -45,7 +45,10 @@ def test_unknown_entry_of_a_cursor_is_refused():
 
 
 def test_prints_as_a_line_and_as_a_table():
-  counted = count(np.asarray([1001, 7, 9]), np.asarray([KEPT, 0, 3]))
+  counted = count(
+    np.asarray([1001, 7, 9]),
+    np.asarray([KEPT, *map(EXCLUSIONS.index, ("held_out", "too_long"))]),
+  )
   assert str(counted) == (
     "1,017 tokens read = 1,000 trained + 1 masked + 0 truncated + 16 excluded"
     " (held_out 7, too_long 9)"

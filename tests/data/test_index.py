@@ -46,7 +46,8 @@ def test_lengths_and_tokens_are_those_of_the_text(load, bos, eos, cache_tokens):
   for i in range(len(source)):
     raw = source[i].encode()
     expected = [257] * bos + list(raw) + [258] * eos
-    tokens = read_tokens(index, source, _TOKENIZER, i)
+    tokens, trained = read_tokens(index, source, _TOKENIZER, i)
+    assert trained.all() and index.targets[i] == max(len(tokens) - 1, 0)
     assert tokens.dtype == np.int32
     assert tokens.tolist() == expected
     assert index.lengths[i] == len(expected)

@@ -9,9 +9,10 @@ from logging import INFO, LogRecord
 from pathlib import Path
 from typing import Any, Literal
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
+from jaxchunk.interop.errors import InteropError
 from jaxchunk.training.config import (
   Config,
   ConfigError,
@@ -40,11 +41,25 @@ def parse_flags(argv: list[str]) -> list[str]:
     config_flags.register_flag_parser_for_type(
       kind, flags.EnumParser(list(typing.get_args(kind)))
     )
-  remaining: list[str] = app.parse_flags_with_usage(argv)
+  try:
+    # Runs get_config().
+    remaining: list[str] = flags.FLAGS(argv)
+  except flags.Error as error:
+    name = os.path.basename(argv[0])
+    raise SystemExit(f"{name}: {_own_error(error) or error}") from error
   # --verbosity=1 shows them.
   if not logging.level_debug():
     logging.get_absl_handler().addFilter(_matters)
   return remaining
+
+
+def _own_error(error: BaseException | None) -> BaseException | None:
+  """What a configuration file raised, beneath what was made of it."""
+  while error is not None and type(error) not in (ConfigError, InteropError):
+    error = error.__cause__ or error.__context__
+  while error is not None and isinstance(error.__context__, type(error)):
+    error = error.__context__
+  return error
 
 
 def _matters(record: LogRecord) -> bool:

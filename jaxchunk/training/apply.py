@@ -13,18 +13,27 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 Tree = Any
 """A pytree of arrays."""
 
 Apply = Callable[
-  [Tree, optax.OptState, Tree, Float[Array, ""], Bool[Array, ""]],
+  [
+    Tree,
+    optax.OptState,
+    Tree,
+    Float[Array, ""],
+    Bool[Array, ""],
+    PRNGKeyArray | None,
+  ],
   tuple[Tree, optax.OptState],
 ]
-"""`(params, state, grads, factor, finite)` to the new params and state.
+"""`(params, state, grads, factor, finite, key)` to the new params and state.
 
-Gradients are multiplied by `factor`; without `finite` nothing changes.
+Gradients are multiplied by `factor`; without `finite` nothing changes. With a
+`key`, parameters in bf16 are rounded up or down at random, by how near each
+is, so that updates smaller than half a unit are kept on average.
 """
 
 _HOST, _DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
@@ -34,11 +43,19 @@ def apply_at_once(optimizer: optax.GradientTransformation) -> Apply:
   """The update with everything on the device."""
 
   def apply(
-    params: Tree, state: optax.OptState, grads: Tree, factor: Any, finite: Any
+    params: Tree,
+    state: optax.OptState,
+    grads: Tree,
+    factor: Any,
+    finite: Any,
+    key: PRNGKeyArray | None,
   ) -> tuple[Tree, optax.OptState]:
     grads = jax.tree.map(lambda g: g * factor, grads)
     updates, after = optimizer.update(grads, state, params)
-    stepped = optax.apply_updates(params, updates)
+    if key is None:
+      stepped = optax.apply_updates(params, updates)
+    else:
+      stepped = _apply_at_random(params, updates, key)
 
     def keep(new: Array, old: Array) -> Array:
       return jnp.where(finite, new, old)
@@ -68,17 +85,22 @@ def apply_by_layer(
     )
 
   def apply(
-    params: Tree, state: optax.OptState, grads: Tree, factor: Any, finite: Any
+    params: Tree,
+    state: optax.OptState,
+    grads: Tree,
+    factor: Any,
+    finite: Any,
+    key: PRNGKeyArray | None,
   ) -> tuple[Tree, optax.OptState]:
     before = _by_name(state)
     rest = {name: tree for name, tree in params.items() if name != stacks}
     part = part_of(rest, before)
     rest_grads = {name: grads[name] for name in rest}
-    stepped, new = at_once(rest, _fetch(part), rest_grads, factor, finite)
+    stepped, new = at_once(rest, _fetch(part), rest_grads, factor, finite, key)
     # With the counts of updates, which are in every part.
     after = _by_name(_store(new, part))
 
-    def run_stack(index: Any) -> Tree:
+    def run_stack(index: Any, number: int) -> Tree:
       """Updates the layers of a stack one after the other."""
       part = part_of({stacks: {index: params[stacks][index]}}, before)
       own = {n: a for n, a in _by_name(part).items() if n not in after}
@@ -94,6 +116,7 @@ def apply_by_layer(
           {stacks: {index: g}},
           factor,
           finite,
+          None if key is None else _fold_in(key, number, at),
         )
         found = _by_name(new_part)
         mine = _store({name: found[name] for name in mine}, mine)
@@ -105,12 +128,50 @@ def apply_by_layer(
       after.update(own)
       return whole
 
-    stepped[stacks] = {index: run_stack(index) for index in params[stacks]}
+    stepped[stacks] = {
+      index: run_stack(index, number)
+      for number, index in enumerate(params[stacks], 1)
+    }
     return stepped, jax.tree_util.tree_map_with_path(
       lambda path, _: after[_name(path)], state
     )
 
   return apply
+
+
+def _fold_in(key: PRNGKeyArray, *numbers: Any) -> PRNGKeyArray:
+  for number in numbers:
+    key = jax.random.fold_in(key, number)
+  return key
+
+
+def _apply_at_random(params: Tree, updates: Tree, key: PRNGKeyArray) -> Tree:
+  leaves, treedef = jax.tree.flatten(params)
+  pairs = zip(leaves, jax.tree.leaves(updates), strict=True)
+  return jax.tree.unflatten(
+    treedef,
+    [
+      stochastic_rounding(p.astype(jnp.float32) + u, jax.random.fold_in(key, n))
+      if p.dtype == jnp.bfloat16
+      else jnp.asarray(p + u, p.dtype)
+      for n, (p, u) in enumerate(pairs)
+    ],
+  )
+
+
+def stochastic_rounding(
+  x: Float[Array, "*B"], key: PRNGKeyArray
+) -> Float[Array, "*B"]:
+  """fp32 to bf16, up or down with odds by how near each is.
+
+  The mean over keys is x. Infinities and NaN stay what they are.
+  """
+  bits = lax.bitcast_convert_type(x, jnp.uint32)
+  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  # The lower half of the bits is what bf16 has no room for.
+  rounded = (bits + noise) & jnp.uint32(0xFFFF0000)
+  rounded = jnp.where(jnp.isfinite(x), rounded, bits)
+  return lax.bitcast_convert_type(rounded, jnp.float32).astype(jnp.bfloat16)
 
 
 def _name(path: tuple[Any, ...]) -> str:

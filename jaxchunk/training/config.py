@@ -19,7 +19,7 @@ from jaxchunk.data import config as data_config
 from jaxchunk.data.config import DataConfig
 from jaxchunk.models.config import ModelConfig
 
-OptimizerName = Literal["adamw", "adafactor", "muon"]
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "muon"]
 ScheduleName = Literal["cosine", "wsd"]
 
 # What may change while the parameters keep their meaning.
@@ -53,8 +53,12 @@ class TrainConfig:
       and brings them to the device a chunk at a time (chunk-outer only).
     optimizer_memory: "host" keeps the optimizer's state of matrices and
       embeddings in host memory and brings it to the device a layer at a time
-      (AdamW and Muon).
-    optimizer: `"adamw"`, `"adafactor"` or `"muon"` (matrices by Muon, the
+      (not Adafactor's).
+    stochastic_rounding: Round parameters in bf16 up or down at random, so
+      that small updates count. `model.param_dtype="bfloat16"` then saves the
+      copy in fp32.
+    optimizer: `"adamw"`, `"adamw8bit"` (its moments take a byte a number),
+      `"adafactor"` or `"muon"` (matrices by Muon, the
       rest by AdamW).
     learning_rate: The peak.
     schedule: `"cosine"`, or `"wsd"`: warm-up, stable, decay.
@@ -84,6 +88,7 @@ class TrainConfig:
   spaco_rate: float | None = None
   kv_memory: MemorySpace = "device"
   optimizer_memory: MemorySpace = "device"
+  stochastic_rounding: bool = False
   optimizer: OptimizerName = "adamw"
   learning_rate: float = 1e-3
   schedule: ScheduleName = "cosine"

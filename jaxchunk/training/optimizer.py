@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Sharding
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from jaxchunk.training.adam8bit import scale_by_adam_8bit
 from jaxchunk.training.apply import apply_at_once, apply_by_layer
 from jaxchunk.training.config import TrainConfig
 
@@ -128,7 +129,11 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
       optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
     )
   else:
-    scale = optax.scale_by_adam(train.beta1, train.beta2, train.epsilon)
+    numbers = (train.beta1, train.beta2, train.epsilon)
+    if train.optimizer == "adamw8bit":
+      scale = scale_by_adam_8bit(*numbers)
+    else:
+      scale = optax.scale_by_adam(*numbers)
   return optax.chain(
     scale,
     optax.add_decayed_weights(train.weight_decay, is_matrix),
@@ -218,7 +223,10 @@ def make_update(
     factor = 1 / weight
     if train.clip_norm is not None:
       factor *= jnp.minimum(1, train.clip_norm / jnp.maximum(norm, 1e-30))
-    stepped, inner = apply(params, state.inner, grads, factor, finite)
+    key = None
+    if train.stochastic_rounding:
+      key = jax.random.fold_in(jax.random.key(train.seed), state.applied)
+    stepped, inner = apply(params, state.inner, grads, factor, finite, key)
     metrics = UpdateMetrics(
       loss=mean,
       tokens=weight,

@@ -1,11 +1,15 @@
 import dataclasses
 import importlib.util
+import inspect
+import json
 from pathlib import Path
 
 import pytest
 
 from jaxchunk.chunking.spaco import SpaCO
+from jaxchunk.interop.configs import config_to_hf
 from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.families import PRESETS
 from jaxchunk.models.rope import NtkScaling, Rope
 from jaxchunk.training import config as config_lib
 from jaxchunk.training import flags as flags_lib
@@ -17,11 +21,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=str)
-def test_every_config_file_is_valid_and_says_how_to_run_it(path):
+def test_every_config_file_is_valid_and_says_how_to_run_it(path, tmp_path):
   spec = importlib.util.spec_from_file_location("a_config", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config_lib.validate(module.get_config())
+  arguments = []
+  if inspect.signature(module.get_config).parameters:
+    with pytest.raises(ConfigError, match=rf"{path.name}:MODEL"):
+      module.get_config()
+    values = config_to_hf(PRESETS["smollm2-135m"])
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    arguments.append(str(tmp_path))
+  config_lib.validate(module.get_config(*arguments))
   for word in ("Command:", "Hardware:", "Expected:", path.name):
     assert word in module.__doc__
 

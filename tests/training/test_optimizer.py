@@ -12,7 +12,7 @@ from jaxchunk.training import optimizer
 from jaxchunk.training.config import TrainConfig
 from jaxchunk.training.initial import abstract_model
 
-NAMES = ("adamw", "adafactor", "muon")
+NAMES = ("adamw", "adamw8bit", "adafactor", "muon")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ of the prompt that asks for it, which is checked to be there.
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,8 +45,8 @@ _SHAREGPT = {
   "function": "tool",
   "observation": "tool",
 }
-# Not characters of Unicode, so no text has them.
-_BEGIN, _END = "\U0010fffe", "\U0010ffff"
+# No characters of Unicode; a text that has them all the same is refused.
+_BEGIN, _END = _MARKS = ("\U0010fffe", "\U0010ffff")
 CHATML = (
   "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
   "{% if message['role'] == 'assistant' %}"
@@ -77,10 +77,13 @@ class Document:
   Attributes:
     text: The text.
     trained: Stretches `[start, stop)` of characters; `None` is all of it.
+    enclosed: Whether BOS and EOS may be put around it; a chat template has
+      its own.
   """
 
   text: str
   trained: tuple[Span, ...] | None = None
+  enclosed: bool = False
 
 
 class _Generation(jinja2.ext.Extension):
@@ -188,6 +191,8 @@ class ChatTemplate:
 
   def _marked(self, messages: Any, tools: Any, prompt: bool) -> str:
     template = _compiled(self.source, self.name)
+    if any(mark in t for t in _texts([messages, tools]) for mark in _MARKS):
+      raise RecordError("bad_record", "contains U+10FFFE or U+10FFFF")
     try:
       return template.render(
         messages=list(messages),
@@ -276,7 +281,7 @@ def check_messages(messages: Any) -> None:
       raise RecordError(
         "bad_record", f"message {number} is no object with a role"
       )
-    if message["role"] not in ROLES:
+    if str(message["role"]) not in ROLES:
       raise RecordError(
         "bad_record",
         f"message {number} has the role {message['role']!r}; it may be one of "
@@ -326,6 +331,8 @@ class Layout:
         messages, first = _field(record, "messages"), 0
       case "sharegpt":
         turns = _field(record, "conversations")
+        if not isinstance(turns, list):
+          raise RecordError("bad_record", "has no list of conversations")
         messages, first = [_of_sharegpt(turn) for turn in turns], 0
       case _:
         prompt = _field(record, "prompt")
@@ -336,8 +343,8 @@ class Layout:
         check_messages(completion)
         messages, first = [*prompt, *completion], len(prompt)
     check_messages(messages)
-    for message in messages:
-      self._check_text(json.dumps(message, ensure_ascii=False))
+    for text in _texts([messages, record.get("tools")]):
+      self._check_text(text)
     if self.template is None:
       raise RecordError("template_error", "is a conversation without template")
     return self.template.document(
@@ -353,8 +360,8 @@ class Layout:
     text = prompt + completion
     self._check_text(text)
     if self.train_on == "all":
-      return Document(text)
-    return Document(text, ((len(prompt), len(text)),))
+      return Document(text, enclosed=True)
+    return Document(text, ((len(prompt), len(text)),), enclosed=True)
 
   def _check_text(self, text: str) -> None:
     found = next((token for token in self.forbidden if token in text), None)
@@ -364,6 +371,18 @@ class Layout:
         f"contains {found!r}, a special token of the tokenizer; set "
         "data.parse_special to allow it",
       )
+
+
+def _texts(value: Any) -> Iterator[str]:
+  """Every string in a nested value, keys too."""
+  if isinstance(value, str):
+    yield value
+  elif isinstance(value, Mapping):
+    for key, inner in value.items():
+      yield from _texts([key, inner])
+  elif isinstance(value, list | tuple):
+    for inner in value:
+      yield from _texts(inner)
 
 
 def _field(record: Mapping[str, Any], name: str) -> Any:
@@ -378,12 +397,12 @@ def _field(record: Mapping[str, Any], name: str) -> Any:
 def _of_sharegpt(turn: Any) -> Message:
   if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
     raise RecordError("bad_record", "has a turn without 'from' and 'value'")
-  if turn["from"] not in _SHAREGPT:
+  if str(turn["from"]) not in _SHAREGPT:
     raise RecordError(
       "bad_record",
       f"has a turn from {turn['from']!r}; it may be one of {list(_SHAREGPT)}",
     )
-  return {"role": _SHAREGPT[turn["from"]], "content": turn["value"]}
+  return {"role": _SHAREGPT[str(turn["from"])], "content": turn["value"]}
 
 
 def _plain_message(message: Any) -> Any:

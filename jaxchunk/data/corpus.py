@@ -117,7 +117,8 @@ def open_corpus(
       heldout_fraction=config.heldout_fraction,
       parse_special=config.parse_special,
     )
-  enclosed = layout is None or layout.template is None
+  # Only texts and plain completions are enclosed.
+  enclosed = config.format in ("text", "prompt_completion")
   index = load_index(
     source,
     tokenizer,
@@ -158,8 +159,12 @@ def open_corpus(
 def _layout(config: DataConfig, forbidden: tuple[str, ...]) -> Layout:
   """How the records become documents."""
   template = None
-  if config.format != "prompt_completion" or config.chat_template:
+  try:
     template = load_template(config.chat_template, config.tokenizer)
+  except ValueError:
+    # Completions need one only where they are conversations.
+    if config.format != "prompt_completion" or config.chat_template:
+      raise
   return Layout(config.format, template, config.train_on, tuple(forbidden))
 
 

@@ -205,18 +205,26 @@ def _packed(
   documents: Sequence[Document], tokenizer: Tokenizer, layout: _Layout
 ) -> Iterator[np.ndarray]:
   """The tokens of documents as they are on disk."""
-  before = [] if layout.bos_id is None else [layout.bos_id]
-  after = [] if layout.eos_id is None else [layout.eos_id]
   if not layout.masked:
+    before, after = _around(layout, True)
     for ids in tokenizer.encode_batch([d.text for d in documents]):
       yield np.concatenate([before, ids, after]).astype(layout.dtype)
     return
-  for ids, mask in tokenizer.encode_documents(documents):
+  encoded = tokenizer.encode_documents(documents)
+  for document, (ids, mask) in zip(documents, encoded, strict=True):
+    before, after = _around(layout, document.enclosed)
     tokens = np.concatenate([before, ids, after]).astype(np.uint32)
     # What ends a document is learnt where it follows what is learnt.
     ends = mask[-1:].repeat(len(after))
     trained = np.concatenate([np.zeros(len(before), bool), mask, ends])
     yield np.where(trained, tokens | _TRAINED, tokens).astype(layout.dtype)
+
+
+def _around(layout: _Layout, enclosed: bool) -> tuple[list[int], list[int]]:
+  """The ids before and behind a document."""
+  ids = (layout.bos_id, layout.eos_id) if enclosed else (None, None)
+  before, after = ([] if n is None else [n] for n in ids)
+  return before, after
 
 
 def _unpacked(

@@ -61,7 +61,7 @@ class _Texts:
 
   def document(self, index: int) -> Document:
     """The whole text."""
-    return Document(self[index])
+    return Document(self[index], enclosed=True)
 
 
 class FileSource(_Texts):
@@ -267,11 +267,20 @@ class RecordSource:
     Raises:
       RecordError: It cannot be laid out; names file and line.
     """
-    record = self._records.record(index)
     try:
-      return self._layout.document(record)
+      document = self._layout.document(self._records.record(index))
     except RecordError as error:
       raise RecordError(error.problem, f"{self.name(index)} {error}") from error
+    except ValueError as error:
+      # No JSON, or no object; it has the name already.
+      raise RecordError("bad_record", str(error)) from error
+    try:
+      document.text.encode()
+    except UnicodeEncodeError as error:
+      raise RecordError(
+        "bad_record", f"{self.name(index)} is not Unicode ({error})"
+      ) from error
+    return document
 
   def name(self, index: int) -> str:
     """File and line, or row."""

@@ -56,7 +56,7 @@ _SIZES = {
   "context_length": "max_position_embeddings",
 }
 # Fields of a ModelConfig that say how it is used, not what it computes.
-_USE = ("dtype", "param_dtype", "dropout", "context_length")
+_USE = ("dtype", "param_dtype", "dropout", "context_length", "lora")
 # What may be true of an architecture and is not of our model.
 _REFUSED = {
   "attention_bias": "biases on attention's output",
@@ -258,7 +258,12 @@ def text_part(values: Json) -> Json:
   if text is None:
     return values
   of_all = ("architectures", "dtype", "torch_dtype")
-  return {**text, **{n: values[n] for n in of_all if n in values}}
+  ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+  return {
+    **{n: values[n] for n in ids if n in values},
+    **text,
+    **{n: values[n] for n in of_all if n in values},
+  }
 
 
 def config_from_hf(
@@ -281,6 +286,20 @@ def config_from_hf(
   """
   values = text_part(values)
   architecture = architecture_of(values)
+  try:
+    return _read(values, architecture, context_length)
+  except InteropError:
+    raise
+  except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    raise InteropError(
+      f"config.json of {architecture.name} has a field that is missing or no "
+      f"number ({type(error).__name__}: {error})"
+    ) from error
+
+
+def _read(
+  values: Json, architecture: Architecture, context_length: int | None
+) -> ModelConfig:
   fields = {**architecture.defaults, **values}
   _refuse(architecture, fields)
   sizes: dict[str, Any] = {

@@ -35,9 +35,10 @@ from jaxchunk.interop.errors import InteropError
 from jaxchunk.interop.names import EMBED, HEAD, Part, Tensor
 from jaxchunk.interop.names import Path as ParamPath
 from jaxchunk.interop.names import tensors as tensors_of
+from jaxchunk.models.adapters import adapters_of
 from jaxchunk.models.config import DType, ModelConfig
-from jaxchunk.models.lora import LoRA
-from jaxchunk.models.transformer import Transformer
+from jaxchunk.models.lora import Adapter, LoRA
+from jaxchunk.models.transformer import Transformer, layer_of
 
 Arrays = dict[str, Num[np.ndarray, "..."]]
 Shardings = Callable[[str, tuple[int, ...]], Sharding]
@@ -164,13 +165,14 @@ def save_hf(
   """Saves a model in the format of Hugging Face.
 
   Args:
-    model: The model.
+    model: The model. Adapters are merged while it is written.
     path: A folder, made if need be.
     like: The folder that the model was loaded from: its architecture, ids of
       special tokens, tokenizer and chat template are taken over.
     architecture: A class of transformers, "Qwen3ForCausalLM"; by default that
       of `like`, or else the first that computes the same.
-    tokenizer: Saved beside the weights, in place of that of `like`.
+    tokenizer: Saved beside the weights, in place of that of `like` with its
+      chat template and settings of generation.
     dtype: Of the weights; by default that of the parameters.
     max_shard_bytes: Largest size of a file.
     overwrite: Whether weights that are there already may be replaced.
@@ -186,6 +188,10 @@ def save_hf(
     base = dict(text_part(read_config(like)))
     architecture = architecture or architecture_of(base).name
   values = config_to_hf(model.cfg, architecture)
+  # The length that it was loaded for may be less than it is made for.
+  published = base.get("max_position_embeddings") or 0
+  if published > values["max_position_embeddings"]:
+    values["max_position_embeddings"] = published
   kept = {name: base[name] for name in _KEPT_FIELDS if name in base}
   if tokenizer is not None or not kept:
     # Said even where there are none: the classes have ids by default.
@@ -196,19 +202,22 @@ def save_hf(
   values |= kept | {"torch_dtype": dtype or model.cfg.param_dtype}
   fused = architecture_named(values["architectures"][0]).fused
   writable = list(_writable(model, fused, dtype))
-  if jax.process_index() != 0:
-    # All hosts take part in gathering a tensor; one writes it.
-    for tensor in writable:
-      tensor.fetch()
-    return
-  path.mkdir(parents=True, exist_ok=True)
   old = [*path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")]
   if old and not overwrite:
     raise InteropError(
       f"{path} already holds {sorted(file.name for file in old)[:3]}; choose "
       "another folder, or allow it with overwrite=True"
     )
-  if like is not None:
+  if jax.process_index() != 0:
+    # All hosts take part in gathering a tensor; one writes it.
+    for tensor in writable:
+      tensor.fetch()
+    return
+  path.mkdir(parents=True, exist_ok=True)
+  # Without these, what is there after a failure is no model.
+  for name in (CONFIG, files.INDEX):
+    (path / name).unlink(missing_ok=True)
+  if like is not None and tokenizer is None:
     for name in _KEPT_FILES:
       if (like / name).is_file() and like.resolve() != path.resolve():
         shutil.copyfile(like / name, path / name)
@@ -219,7 +228,7 @@ def save_hf(
   for file in old:
     # What is left of the old weights would be taken for a part of the new.
     if file.name not in new:
-      file.unlink()
+      file.unlink(missing_ok=True)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -479,6 +488,7 @@ def _writable(
     path: variable[...]
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
   }
+  adapters = adapters_of(model)
   for tensor in tensors_of(model.cfg, fused=fused):
     shapes = [
       _stored_shape(part, tensor, params[part.path].shape)
@@ -489,7 +499,13 @@ def _writable(
 
     def fetch(tensor: Tensor = tensor, kind: str = kind) -> files.Array:
       parts = [
-        _fetched(params[part.path], part.layer, tensor.transposed, kind)
+        _fetched(
+          params[part.path],
+          part.layer,
+          tensor.transposed,
+          kind,
+          adapters.get(part.path),
+        )
         for part in tensor.parts
       ]
       return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -499,24 +515,30 @@ def _writable(
 
 
 def _fetched(
-  param: Array, layer: int | None, transposed: bool, dtype: str
+  param: Array,
+  layer: int | None,
+  transposed: bool,
+  dtype: str,
+  adapter: Adapter | None,
 ) -> files.Array:
   everywhere = None
   sharding = getattr(param, "sharding", None)
   if isinstance(sharding, NamedSharding):
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
   take = _taker(layer is not None, transposed, dtype, everywhere)
-  return np.asarray(take(param, layer or 0))
+  return np.asarray(take(param, layer or 0, adapter))
 
 
 @functools.cache
 def _taker(
   stacked: bool, transposed: bool, dtype: str, sharding: Sharding | None
-) -> Callable[[Array, Any], Array]:
+) -> Callable[[Array, Any, Adapter | None], Array]:
   @functools.partial(jax.jit, out_shardings=sharding)
-  def take(param: Array, layer: Any) -> Array:
+  def take(param: Array, layer: Any, adapter: Adapter | None) -> Array:
     if stacked:
       param = lax.dynamic_index_in_dim(param, layer, keepdims=False)
+    if adapter is not None:
+      param = layer_of(adapter, layer).merged(param)
     return (param.T if transposed else param).astype(dtype)
 
   return take

@@ -16,32 +16,31 @@ import numpy as np
 from flax import nnx
 
 from jaxchunk.interop import safetensors_files as files
+from jaxchunk.interop.configs import architecture_of, text_part
 from jaxchunk.interop.errors import InteropError
+from jaxchunk.interop.hugging_face import CONFIG, read_config
 from jaxchunk.interop.names import LINEARS
 from jaxchunk.models.adapters import add_lora, flat_arrays, model_of
 from jaxchunk.models.lora import LoRA
 from jaxchunk.models.transformer import Transformer
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ADAPTERS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model.model.layers"
 _NAME = re.compile(
   r"base_model\.model\.(?:.*\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\."
   r"(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
 _FIELDS = {"lora_A.weight": "a", "lora_B.weight": "b"}
-# What these mean when they are set is not what is computed here.
-_REFUSED = (
-  "alpha_pattern",
-  "exclude_modules",
-  "fan_in_fan_out",
-  "layer_replication",
-  "layers_to_transform",
-  "lora_bias",
-  "modules_to_save",
-  "rank_pattern",
-  "target_parameters",
-  "trainable_token_indices",
-)
+# Fields of adapter_config.json that are read, or change nothing here. Any other
+# that is set means something that is not computed here.
+_KNOWN = """
+auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying
+eva_config exclude_modules inference_mode init_lora_weights layers_pattern
+lora_alpha lora_dropout megatron_core peft_type peft_version qalora_group_size
+r revision runtime_config target_modules task_type use_dora use_rslora
+"""
+# Other ways to begin, such as "pissa", change the matrices beside the adapters.
+_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Our name of a matrix by that of its module: "q" by "q_proj".
 _MODULES = {name.split(".")[-1]: ours[0] for ours, name in LINEARS.items()}
 
@@ -55,13 +54,24 @@ def save_peft(model: Transformer, path: str | Path, *, base: str = "") -> None:
     base: Name or path of the model that they were trained beside.
 
   Raises:
-    InteropError: The model has no adapters.
+    InteropError: The model has no adapters, or `base` is a folder of an
+      architecture that publishes several of the matrices as one.
   """
   lora = model.cfg.lora
   if lora is None:
     raise InteropError(
       "the model has no adapters to save for PEFT; save_hf saves whole models"
     )
+  if base and (Path(base).expanduser() / CONFIG).is_file():
+    architecture = architecture_of(
+      text_part(read_config(Path(base).expanduser()))
+    )
+    if architecture.fused:
+      raise InteropError(
+        f"{architecture.name} has q, k, v in one matrix, and gate, up: "
+        "adapters of each cannot be written for PEFT. Save the merged model "
+        "with save_hf"
+      )
   path = Path(path).expanduser()
   path.mkdir(parents=True, exist_ok=True)
   arrays = flat_arrays(nnx.state(model, nnx.LoRAParam))
@@ -93,7 +103,7 @@ def save_peft(model: Transformer, path: str | Path, *, base: str = "") -> None:
     "inference_mode": True,
   }
   files.write_file(path / _WEIGHTS, writable)
-  files.write_json(path / _CONFIG, values)
+  files.write_json(path / _ADAPTERS, values)
 
 
 def load_peft(model: Transformer, path: str | Path) -> Transformer:
@@ -118,13 +128,16 @@ def load_peft(model: Transformer, path: str | Path) -> Transformer:
   reader = files.Reader(path / _WEIGHTS)
   stored = {name: _parse(name) for name in reader.tensors}
   found = {module for _, module, _ in stored.values()}
-  lora = LoRA(
-    rank=values["r"],
-    alpha=float(values["lora_alpha"]),
-    targets=tuple(name for name in _MODULES.values() if name in found),
-    rank_stabilized=bool(values.get("use_rslora")),
-    dora=bool(values.get("use_dora")),
-  )
+  try:
+    lora = LoRA(
+      rank=values["r"],
+      alpha=float(values["lora_alpha"]),
+      targets=tuple(name for name in _MODULES.values() if name in found),
+      rank_stabilized=bool(values.get("use_rslora")),
+      dora=bool(values.get("use_dora")),
+    )
+  except (TypeError, ValueError) as error:
+    raise InteropError(f"{path / _ADAPTERS}: {error}") from error
   empty = jax.eval_shape(lambda: add_lora(model, lora))
   arrays = flat_arrays(nnx.state(model))
   shapes = {
@@ -160,10 +173,10 @@ def load_peft(model: Transformer, path: str | Path) -> Transformer:
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
-  file = path / _CONFIG
+  file = path / _ADAPTERS
   if not file.is_file():
     raise InteropError(
-      f"{path} has no {_CONFIG}; name a folder as save_pretrained of PEFT "
+      f"{path} has no {_ADAPTERS}; name a folder as save_pretrained of PEFT "
       "writes it"
     )
   try:
@@ -173,11 +186,15 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     raise InteropError(f"{file} is not a configuration ({error})") from None
   if kind != "LORA":
     raise InteropError(f"{file} has peft_type={kind!r}; jaxchunk reads 'LORA'")
-  for name in _REFUSED:
-    if values.get(name):
+  for name, value in values.items():
+    if value and name not in _KNOWN.split():
+      raise InteropError(f"{file} has {name}={value!r}: not supported")
+  for name, known in (("bias", (None, "none")), ("init_lora_weights", _INITS)):
+    if values.get(name) not in known:
       raise InteropError(f"{file} has {name}={values[name]!r}: not supported")
-  if values.get("bias", "none") != "none":
-    raise InteropError(f"{file} has bias={values['bias']!r}: not supported")
+  for name in ("r", "lora_alpha"):
+    if name not in values:
+      raise InteropError(f"{file} lacks {name!r}")
   return dict(values)
 
 

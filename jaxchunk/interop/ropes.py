@@ -103,9 +103,10 @@ def _scaling(
   if kind == "linear":
     return LinearScaling(factor=float(params["factor"]))
   longest: int = fields["max_position_embeddings"]
-  original: int = params.get(
+  # Beside the other sizes it counts more than inside, as there.
+  original: int = fields.get(
     "original_max_position_embeddings",
-    fields.get("original_max_position_embeddings", longest),
+    params.get("original_max_position_embeddings", longest),
   )
   match kind:
     case "dynamic":

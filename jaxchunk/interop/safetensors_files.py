@@ -188,7 +188,7 @@ def write(
 ) -> list[str]:
   """Writes `model.safetensors`, or shards of it and their index.
 
-  The host holds one tensor at a time. Each file takes its name when it is
+  The host holds one tensor at a time. The files take their names when all are
   complete, the index last.
 
   Args:
@@ -209,10 +209,19 @@ def write(
     write_file(folder / _SINGLE, shards[0])
     return [_SINGLE]
   weight_map: dict[str, str] = {}
+  names: list[str] = []
   for number, shard in enumerate(shards, 1):
     name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-    write_file(folder / name, shard)
+    names.append(name)
     weight_map |= {tensor.name: name for tensor in shard}
+  try:
+    for name, shard in zip(names, shards, strict=True):
+      write_file(folder / f".{name}", shard)
+    for name in names:
+      (folder / f".{name}").replace(folder / name)
+  finally:
+    for name in names:
+      (folder / f".{name}").unlink(missing_ok=True)
   total = sum(tensor.nbytes for tensor in tensors)
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
   write_json(folder / INDEX, index)

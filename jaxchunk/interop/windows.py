@@ -42,6 +42,11 @@ def read_windows(rule: WindowRule, fields: Json, num_layers: int) -> Windows:
     period = fields.get("_sliding_window_pattern")
     period = period or fields["sliding_window_pattern"]
     types = [_TYPES[(n + 1) % period > 0] for n in range(num_layers)]
+  if len(types) != num_layers:
+    raise InteropError(
+      f"config.json has {len(types)} layer_types for num_hidden_layers="
+      f"{num_layers}"
+    )
   if unknown := sorted(set(types) - set(_TYPES)):
     raise InteropError(
       f"config.json has layer_types {unknown}; jaxchunk knows {list(_TYPES)}"

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jax import lax
+from jaxtyping import Array, Float
 
-from jaxchunk.models.lora import LINEARS, LoRA, column_norms
+from jaxchunk.models.lora import LINEARS, Adapter, LoRA, column_norms
 from jaxchunk.models.transformer import Transformer
 
 Flat = dict[tuple[Any, ...], Array]
@@ -36,24 +37,32 @@ def add_lora(model: Transformer, lora: LoRA, *, seed: int = 0) -> Transformer:
 
   @jax.jit
   def adapters() -> Flat:
-    # Of the new model only this is computed.
+    # Of the new model only what is returned is computed.
     fresh = Transformer(cfg, rngs=nnx.Rngs(seed))
-    return flat_arrays(nnx.state(fresh, nnx.LoRAParam))
+    arrays = flat_arrays(nnx.state(fresh, nnx.LoRAParam))
+    return {p: a for p, a in arrays.items() if p[-1] != "magnitude"}
 
   old, new = flat_arrays(nnx.state(model)), adapters()
-  for path in new:
-    if path[-1] == "magnitude":
+  if lora.dora:
+    for path in [p for p in new if p[-1] == "a"]:
       kernel = old[(*path[:-2], "kernel")]
-      norms = jax.vmap(column_norms)(kernel.astype(new[path].dtype))
-      new[path] = norms
+      new[(*path[:-1], "magnitude")] = _norms(kernel)
   return model_of(cfg, old | new)
+
+
+@jax.jit
+def _norms(kernels: Float[Array, "L I O"]) -> Float[Array, "L O"]:
+  """A layer at a time: in fp32 a stack would take twice its own memory."""
+  dtype = jnp.promote_types(kernels.dtype, jnp.float32)
+  return lax.map(lambda kernel: column_norms(kernel.astype(dtype)), kernels)
 
 
 def merge_lora(model: Transformer) -> Transformer:
   """The model without adapters that computes the same.
 
   Args:
-    model: With adapters, or without, which is returned as it is.
+    model: With adapters, or without, which is returned as it is. `save_hf`
+      merges while it writes and needs no second copy of the matrices.
 
   Returns:
     The model; its matrices have the dtype that they had.
@@ -66,14 +75,26 @@ def merge_lora(model: Transformer) -> Transformer:
     for path, array in flat_arrays(nnx.state(model)).items()
     if "adapter" not in path
   }
-  for position, block in enumerate(model.blocks):
-    for name in LINEARS:
-      linear = getattr(block, name)
-      if linear.adapter is not None:
-        merge = jax.jit(jax.vmap(lambda adapter, k: adapter.merged(k)))
-        path = ("blocks", position, name, "kernel")
-        arrays[path] = merge(linear.adapter, linear.kernel[...])
+  for path, adapter in adapters_of(model).items():
+    arrays[path] = _merged(adapter, arrays[path])
   return model_of(cfg, arrays)
+
+
+def adapters_of(model: Transformer) -> dict[tuple[Any, ...], Adapter]:
+  """The adapters of a model by the path of the matrices beside them."""
+  return {
+    ("blocks", position, name, "kernel"): adapter
+    for position, block in enumerate(model.blocks)
+    for name in LINEARS
+    if (adapter := getattr(block, name).adapter) is not None
+  }
+
+
+@jax.jit
+def _merged(
+  adapters: Adapter, kernels: Float[Array, "L I O"]
+) -> Float[Array, "L I O"]:
+  return lax.map(lambda pair: pair[0].merged(pair[1]), (adapters, kernels))
 
 
 def flat_arrays(state: nnx.State) -> Flat:

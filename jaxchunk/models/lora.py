@@ -79,9 +79,9 @@ class Adapter(nnx.Module):
     self.magnitude: Any = nnx.data(magnitude)
 
   def merged(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
-    """The matrix that does what `kernel` and the adapter do, in kernel's dtype.
+    """Of one layer, the matrix that does what `kernel` and the adapter do.
 
-    Products and sums are in at least fp32.
+    In kernel's dtype; products and sums are in at least fp32.
     """
     adapted = self._sum(kernel)
     if self.magnitude is not None:

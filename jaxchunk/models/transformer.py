@@ -96,7 +96,8 @@ class Linear(nnx.Module):
     )
     if factor is None:
       return y
-    return y * output_vector(spec, factor, shape).astype(y.dtype)
+    # In fp32: next to 1 there is little room in bf16.
+    return (y * output_vector(spec, factor, shape)).astype(y.dtype)
 
   def add_bias(self, spec: str, y: Array, shape: tuple[int, ...]) -> Array:
     """`y + bias`, for the same spec and shape."""

@@ -365,6 +365,28 @@ def _named(tree: Any) -> dict[str, int]:
   }
 
 
+def frozen_sums(frozen: Any) -> dict[str, int]:
+  """Checksums of what is not trained, to keep beside what is."""
+  return _named(jax.device_get(checksums(frozen)))
+
+
+def check_frozen(meta: Mapping[str, Any], frozen: Any) -> None:
+  """Checks that what is not trained is what it was.
+
+  Raises:
+    CheckpointError: It is not.
+  """
+  stored = meta.get("frozen") or {}
+  found = frozen_sums(frozen)
+  if wrong := [path for path in stored if stored[path] != found.get(path)]:
+    source = meta["config"]["train"].get("init_from")
+    raise CheckpointError(
+      f"the parameters beside the adapters, of train.init_from={source!r}, are "
+      f"not those that they were trained beside ({wrong[:3]} differ); put the "
+      "model back as it was"
+    )
+
+
 def target_like(tree: Any, sharding: jax.sharding.Sharding) -> Any:
   """The restore target of a pytree of arrays or of their shapes."""
   return jax.tree.map(
@@ -390,7 +412,9 @@ def load_for_inference(
     step.
 
   Raises:
-    CheckpointError: There is no checkpoint that can be read.
+    CheckpointError: There is no checkpoint that can be read, or what was not
+      trained is not what it was.
+    ConfigError: The model that the run began with cannot be read.
   """
   folder = Path(workdir).absolute()
   directory = folder / DIRECTORY
@@ -407,7 +431,7 @@ def load_for_inference(
     for step in sorted(manager.all_steps(), reverse=True):
       try:
         return _load_model(manager, step), str(folder / TOKENIZER), step
-      except CheckpointError:
+      except (CheckpointError, config_lib.ConfigError):
         raise
       except Exception as error:
         # As in `restore`: any type at all.
@@ -433,4 +457,5 @@ def _load_model(manager: ocp.CheckpointManager, step: int) -> Transformer:
   restored = _read_arrays(manager, step, meta, target, None)
   train = meta["config"]["train"]
   frozen = initial.frozen_parameters(cfg, train.get("init_from"), train["seed"])
+  check_frozen(meta, frozen)
   return nnx.merge(graphdef, nnx.State(restored.params), nnx.State(frozen))

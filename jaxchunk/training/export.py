@@ -4,10 +4,10 @@ import json
 import os
 from pathlib import Path
 
-from jaxchunk.data.tokenizers import load_tokenizer
+from jaxchunk.data.chat import load_template
+from jaxchunk.data.tokenizers import Tokenizer, load_tokenizer
 from jaxchunk.interop.hugging_face import save_hf
 from jaxchunk.interop.peft import save_peft
-from jaxchunk.models.adapters import merge_lora
 from jaxchunk.models.config import DType
 from jaxchunk.training.checkpoint import load_for_inference
 
@@ -36,18 +36,35 @@ def export_run(
     CheckpointError: There is no checkpoint that can be read.
     InteropError: The model cannot be written so, or the folder holds weights.
   """
-  model, tokenizer, step = load_for_inference(workdir)
+  model, folder, step = load_for_inference(workdir)
   values = json.loads((Path(workdir) / "config.json").read_text())
   base = values["train"].get("init_from")
   if adapters:
     save_peft(model, Path(output), base=base or "")
     return f"Adapters of step {step}: {output}"
+  tokenizer: Tokenizer | None = load_tokenizer(folder)
+  if base and _same_tokenizer(base, folder):
+    # What it came with says more than what a run keeps.
+    tokenizer = None
   save_hf(
-    merge_lora(model),
+    model,
     Path(output),
     like=base,
-    tokenizer=None if base else load_tokenizer(tokenizer),
+    tokenizer=tokenizer,
     dtype=dtype,
     overwrite=overwrite,
   )
+  template = values["data"].get("chat_template")
+  if template is not None:
+    source = load_template(template, folder).source
+    (Path(output) / "chat_template.jinja").write_text(source, encoding="utf-8")
   return f"Model of step {step}: {output}"
+
+
+def _same_tokenizer(base: str, folder: str) -> bool:
+  """Whether a run's tokenizer is that of the model that it began with."""
+  try:
+    ours, theirs = load_tokenizer(folder), load_tokenizer(base)
+  except (ValueError, OSError):
+    return False
+  return ours.fingerprint == theirs.fingerprint

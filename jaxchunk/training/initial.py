@@ -66,7 +66,10 @@ def frozen_parameters(
   Raises:
     ConfigError: As `parameters`.
   """
-  return {} if cfg.lora is None else parameters(cfg, init_from, seed)[1]
+  if cfg.lora is None:
+    return {}
+  base = _base(cfg, init_from, seed)
+  return nnx.to_pure_dict(nnx.state(base, nnx.Param))
 
 
 def _base(cfg: ModelConfig, init_from: str | None, seed: int) -> Transformer:

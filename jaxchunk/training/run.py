@@ -9,6 +9,7 @@ from typing import Any
 
 import grain
 import jax
+from absl import logging
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from jaxchunk.chunking.executor import Options, choose_strategy, make_options
 from jaxchunk.chunking.memory import memory_by_length
 from jaxchunk.chunking.plan import ChunkPlan
-from jaxchunk.data.accounting import Accounting
+from jaxchunk.data.accounting import KEPT, Accounting
 from jaxchunk.data.corpus import (
   Corpus,
   describe,
@@ -25,6 +26,7 @@ from jaxchunk.data.corpus import (
 )
 from jaxchunk.data.pipeline import training_batches
 from jaxchunk.data.tokenizers import load_tokenizer
+from jaxchunk.models.rope import LongRopeScaling
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.training import checkpoint, info, initial, optimizer, schedule
 from jaxchunk.training import config as config_lib
@@ -51,6 +53,7 @@ class Run:
     key: Of dropout.
     params: What is trained, a nested dictionary of arrays.
     frozen: The other parameters, likewise.
+    frozen_sums: Checksums of those.
     state: The optimizer's.
     step: Updates tried.
     clock: When the last step ended, or its successor could have begun.
@@ -68,6 +71,7 @@ class Run:
   key: PRNGKeyArray
   params: optimizer.Params
   frozen: optimizer.Params
+  frozen_sums: dict[str, int]
   state: optimizer.OptimizerState
   step: int
   clock: float = 0.0
@@ -134,6 +138,8 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       f"(data.heldout_fraction={config.data.heldout_fraction})"
     )
   frozen = jax.device_put(frozen, device)
+  if restored is not None:
+    checkpoint.check_frozen(restored.meta, frozen)
   text = json.dumps(config_lib.to_json(config), indent=2)
   with write_errors(workdir):
     (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -156,6 +162,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     key=jax.device_put(jax.random.key(config.train.seed), device),
     params=params,
     frozen=frozen,
+    frozen_sums=checkpoint.frozen_sums(frozen) if frozen else {},
     state=state,
     step=step,
   )
@@ -172,14 +179,42 @@ def _open(config: Config, workdir: Path, restored: Restored | None) -> Corpus:
     corpus = open_corpus(config.data, tokenizer=tokenizer)
   except (ValueError, OSError) as error:
     raise ConfigError(str(error)) from error
-  if corpus.tokenizer.vocab_size > config.model.vocab_size:
+  surplus = corpus.tokenizer.vocab_size > config.model.vocab_size
+  if surplus and config.train.init_from is not None:
+    # Published tokenizers may name tokens of other parts of a model, such as
+    # images; a document that has one is an error when it comes.
+    logging.warning(
+      "The tokenizer has %d ids, the model's vocabulary %d; documents must not "
+      "contain the others",
+      corpus.tokenizer.vocab_size,
+      config.model.vocab_size,
+    )
+  elif surplus:
     raise ConfigError(
       f"model.vocab_size={config.model.vocab_size} is less than the "
       f"{corpus.tokenizer.vocab_size} ids of data.tokenizer="
       f"{config.data.tokenizer!r}; raise it"
     )
   say(describe(corpus))
+  _check_rope(config, corpus)
   return corpus
+
+
+def _check_rope(config: Config, corpus: Corpus) -> None:
+  """Warns of an embedding for longer sequences than there are."""
+  scaling = config.model.rope.scaling
+  if not isinstance(scaling, LongRopeScaling):
+    return
+  longest = int(corpus.lengths[corpus.reasons == KEPT].max())
+  if longest <= scaling.original_length < scaling.length:
+    logging.warning(
+      "The model embeds positions for sequences beyond %d tokens, and the "
+      "longest has %d: elsewhere these are embedded by its short factors; give "
+      "load_config context_length=%d",
+      scaling.original_length,
+      longest,
+      scaling.original_length,
+    )
 
 
 def begin_save(run: Run, saver: Saver) -> None:
@@ -192,6 +227,7 @@ def begin_save(run: Run, saver: Saver) -> None:
       "config": config_lib.to_json(run.config),
       "fingerprint": config_lib.fingerprint(run.config),
       "cursor": run.batches.get_state(),
+      "frozen": run.frozen_sums,
     },
   )
 

@@ -209,6 +209,37 @@ def test_tokens_with_a_trained_character_are_trained():
   assert len(bpe.encode(document.text)) > len(ids)
 
 
+@pytest.mark.parametrize(
+  "format, record, message",
+  [
+    ("sharegpt", {"conversations": 5}, "has no list of conversations"),
+    ("sharegpt", {"conversations": [{"from": [1], "value": ""}]}, "from \\[1"),
+    ("messages", {"messages": [{"role": ["a"], "content": ""}]}, "the role"),
+    (
+      "messages",
+      {"messages": [*_TALK[1:2], *_TALK[2:3]], "tools": "<|eos|>"},
+      "contains '<.eos.>'",
+    ),
+    (
+      "messages",
+      {"messages": [{"role": "user", "content": "\U0010fffe"}, _TALK[2]]},
+      "contains U.10FFFE",
+    ),
+    (
+      "messages",
+      {"messages": [{"role": "user", "content": 'a"<|q"|>'}, _TALK[2]]},
+      "a special token",
+    ),
+  ],
+)
+def test_what_is_hidden_in_a_record(format, record, message):
+  layout = Layout(
+    format, _TEMPLATES["plain"], "assistant", ("<|eos|>", '<|q"|>')
+  )
+  with pytest.raises(RecordError, match=message):
+    layout.document(record)
+
+
 _RECORDS = [
   {"messages": _TALK},
   {"messages": [{"role": "user", "content": "?"}]},
@@ -283,6 +314,32 @@ def test_a_bad_record_is_named_by_file_and_line(jsonl):
   jsonl.write_text("\n".join([lines[0], *lines[2:]]))
   with pytest.raises(ValueError, match=r"talk\.jsonl:2 message 1 has the role"):
     open_corpus(_config(jsonl, bad_records="raise"))
+
+
+def test_lines_that_are_no_records_are_skipped_too(jsonl):
+  good = [json.dumps(record) for record in _RECORDS[3:]]
+  half = json.dumps(
+    {"messages": [{"role": "user", "content": "\ud800"}, _TALK[2]]}
+  )
+  jsonl.write_text("\n".join([*good, "{", "[1]", half]))
+  counted = open_corpus(_config(jsonl)).count()
+  assert counted.excluded_documents == {"bad_record": 3}
+  with pytest.raises(ValueError, match=r"talk\.jsonl:13 is not JSON"):
+    open_corpus(_config(jsonl, bad_records="raise"))
+
+
+def test_plain_completions_are_enclosed_and_conversations_are_not(tmp_path):
+  path = tmp_path / "mixed.jsonl"
+  records = [
+    {"prompt": "2 + 2 =", "completion": " 4"},
+    {"prompt": _TALK[1:2], "completion": _TALK[2:3]},
+  ]
+  path.write_text("\n".join(map(json.dumps, records)))
+  corpus = open_corpus(_config(path, format="prompt_completion"))
+  plain, talk = read_examples(corpus, [0, 1])
+  assert plain.tokens[0] == 257 and plain.targets[-1] == 258
+  assert plain.weights[-3:].all() and not plain.weights[:-3].any()
+  assert talk.tokens[0] == ord("<") and talk.targets[-1] == ord("\n")
 
 
 def test_longer_conversations_are_excluded_or_cut(jsonl):

@@ -257,6 +257,21 @@ def test_a_type_of_layer_that_is_not_known_is_named():
     config_from_hf(values)
 
 
+@pytest.mark.parametrize(
+  "architecture, fields",
+  [
+    ("LlamaForCausalLM", {"rms_norm_eps": None}),
+    ("LlamaForCausalLM", {"rope_scaling": "linear"}),
+    ("Gemma2ForCausalLM", {"query_pre_attn_scalar": None}),
+    ("Gemma3ForCausalLM", {"sliding_window_pattern": 0}),
+    ("Gemma2ForCausalLM", {"layer_types": ["full_attention"]}),
+  ],
+)
+def test_fields_of_no_sense_are_errors_of_this_library(architecture, fields):
+  with pytest.raises(InteropError, match=r"config\.json"):
+    config_from_hf(_llama(architectures=[architecture], **fields))
+
+
 def test_fields_that_are_ignored_are_logged(caplog):
   config_from_hf(_llama(a_new_feature=3, bos_token_id=1))
   assert "ignores: ['a_new_feature']" in caplog.text

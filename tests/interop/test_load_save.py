@@ -12,8 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxchunk as jc
 from jaxchunk.data.tokenizers import ByteTokenizer
+from jaxchunk.interop import safetensors_files
 from jaxchunk.interop.errors import InteropError
+from jaxchunk.models.adapters import add_lora, merge_lora
 from jaxchunk.models.families import gemma3, olmo2, phi3, qwen2
+from jaxchunk.models.lora import LoRA
 
 pytestmark = pytest.mark.fast
 
@@ -160,6 +163,52 @@ def test_weights_are_not_overwritten_unasked(folder):
   jc.save_hf(model, folder, overwrite=True)
   assert [f.name for f in folder.glob("*.safetensors")] == ["model.safetensors"]
   _assert_same_bits(jc.load_hf(folder), model)
+
+
+def test_adapters_are_merged_while_it_is_written(tmp_path):
+  model = add_lora(_model(_CONFIGS["phi3"]), LoRA(rank=2, dora=True))
+  moved = jax.tree.map(lambda a: a + 0.1, nnx.state(model, nnx.LoRAParam))
+  nnx.update(model, moved)
+  jc.save_hf(model, tmp_path, architecture="Phi3ForCausalLM")
+  _assert_near(jc.load_hf(tmp_path), merge_lora(model))
+
+
+def _assert_near(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_failure_leaves_no_mixed_model(folder, monkeypatch):
+  write, calls = safetensors_files.write_file, []
+
+  def full(path, tensors):
+    calls.append(path)
+    if len(calls) == 3:
+      raise OSError("no space left")
+    write(path, tensors)
+
+  monkeypatch.setattr(safetensors_files, "write_file", full)
+  with pytest.raises(OSError, match="no space left"):
+    jc.save_hf(
+      _model(_CONFIGS["qwen2"], seed=1),
+      folder,
+      overwrite=True,
+      max_shard_bytes=8000,
+    )
+  assert len(calls) == 3
+  with pytest.raises(InteropError, match=r"has no config\.json"):
+    jc.load_hf(folder)
+  assert not list(folder.glob(".*.safetensors"))
+
+
+def test_the_published_length_is_kept(folder, tmp_path):
+  values = json.loads((folder / "config.json").read_text())
+  values["max_position_embeddings"] = 4096
+  (folder / "config.json").write_text(json.dumps(values))
+  model = jc.load_hf(folder, context_length=32)
+  assert model.cfg.context_length == 32
+  jc.save_hf(model, tmp_path / "new", like=folder)
+  assert jc.load_hf(tmp_path / "new").cfg.context_length == 4096
 
 
 def test_a_truncated_file_is_named(folder):

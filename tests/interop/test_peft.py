@@ -93,6 +93,9 @@ def test_peft_computes_the_same(kind, tmp_path):
     ({"bias": "all"}, "bias='all': not supported"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*: not supported"),
     ({"rank_pattern": {"q_proj": 8}}, "rank_pattern=.*: not supported"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa': not supp"),
+    ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens=.*: not supp"),
+    ({"r": None}, "rank=None must be a positive integer"),
   ],
 )
 def test_what_is_not_known_is_refused_by_name(fields, message, tmp_path):
@@ -101,6 +104,15 @@ def test_what_is_not_known_is_refused_by_name(fields, message, tmp_path):
   file.write_text(json.dumps(json.loads(file.read_text()) | fields))
   with pytest.raises(InteropError, match=message):
     load_peft(_model(), tmp_path)
+
+
+@pytest.mark.fast
+def test_adapters_beside_fused_matrices_are_refused(tmp_path):
+  jc.save_hf(_model(), tmp_path / "base", architecture="Phi3ForCausalLM")
+  with pytest.raises(InteropError, match=r"Phi3ForCausalLM has q, k, v in one"):
+    save_peft(
+      _model(_KINDS["lora"]), tmp_path / "out", base=str(tmp_path / "base")
+    )
 
 
 @pytest.mark.fast

@@ -1,5 +1,7 @@
 """Runs that begin with published weights, whole or beside adapters."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import jaxchunk as jc
 from jaxchunk.interop.hugging_face import load_config
 from jaxchunk.models.lora import LoRA
 from jaxchunk.training import checkpoint, loop, metrics, report
+from jaxchunk.training.checkpoint import CheckpointError
 from jaxchunk.training.config import ConfigError
 
 
@@ -106,6 +109,32 @@ def test_a_run_with_adapters_goes_on_exactly(
     for name in ("parts", "whole")
   ]
   jax.tree.map(np.testing.assert_array_equal, *models)
+
+
+def test_adapters_go_on_beside_what_they_began_with(config, folder, tmp_path):
+  config = fine_tuning(config, folder, LoRA(rank=2))
+  config.train.num_steps = 2
+  loop.train(config, tmp_path / "run")
+  other = jc.Transformer(
+    dataclasses.replace(config.model, lora=None), rngs=nnx.Rngs(8)
+  )
+  jc.save_hf(other, folder, overwrite=True)
+  config.train.num_steps = 4
+  with pytest.raises(CheckpointError, match="not those that they were trained"):
+    loop.train(config, tmp_path / "run")
+  with pytest.raises(CheckpointError, match="put the model back as it was"):
+    checkpoint.load_for_inference(tmp_path / "run")
+
+
+def test_ids_of_other_parts_of_a_model_may_be_named(config, folder, tmp_path):
+  """As Gemma 3's tokenizer does of images."""
+  config = fine_tuning(config, folder)
+  config.model.vocab_size = 258  # of 259 that the tokenizer has
+  config.data.bos, config.data.eos = True, False
+  small = jc.Transformer(config.model, rngs=nnx.Rngs(0))
+  jc.save_hf(small, folder, overwrite=True)
+  loop.train(config, tmp_path / "run")
+  assert len(losses(tmp_path / "run")) == 4
 
 
 def test_a_folder_with_another_model_is_refused(config, folder, tmp_path):

@@ -11,8 +11,6 @@ from jaxchunk.training.adam8bit import Moment, scale_by_adam_8bit
 from jaxchunk.training.apply import stochastic_rounding
 from jaxchunk.training.config import TrainConfig
 
-pytestmark = pytest.mark.fast
-
 
 def _gradients(step, scale=1.0):
   rng = np.random.default_rng(step)

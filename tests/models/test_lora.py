@@ -11,7 +11,6 @@ from jaxchunk.models.adapters import add_lora, merge_lora
 from jaxchunk.models.families import gemma2, qwen2
 from jaxchunk.models.lora import LoRA
 
-
 _SIZES = {
   "vocab_size": 40,
   "d_model": 16,

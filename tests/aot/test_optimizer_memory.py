@@ -72,7 +72,7 @@ def gpu_memory(layers):
     state = jax.tree.map(begin, optimizer.kinds(shapes), shapes)
 
     def step(_, carry):
-      return apply(*carry, grads, jnp.float32(1), jnp.bool_(True))
+      return apply(*carry, grads, jnp.float32(1), jnp.bool_(True), None)
 
     return lax.fori_loop(0, steps, step, (params, state))[0]
 

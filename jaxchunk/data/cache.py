@@ -1,11 +1,12 @@
 """Files that can be rebuilt: written whole or not at all, checked when read."""
 
 import contextlib
+import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from absl import logging
@@ -54,6 +55,27 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     temporary.replace(path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """The JSON object in a file.
+
+  Raises:
+    ValueError: It is none; names the file.
+  """
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON ({error})") from None
+  if not isinstance(values, dict):
+    raise ValueError(f"{path} is not a JSON object")
+  return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+  """Writes a JSON object that people can read."""
+  with atomic_write(path) as file:
+    file.write((json.dumps(values, indent=2) + "\n").encode())
 
 
 def cached_arrays(

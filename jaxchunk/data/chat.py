@@ -20,6 +20,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
+from jaxchunk.data.cache import read_json
 from jaxchunk.data.files import hash_parts
 
 Format = Literal["text", "messages", "sharegpt", "prompt_completion"]
@@ -424,7 +425,8 @@ def load_template(spec: str | None, tokenizer: str) -> ChatTemplate:
   """
   folder = Path(tokenizer).expanduser()
   folder = folder if folder.is_dir() else folder.parent
-  config = _read_json(folder / "tokenizer_config.json")
+  path = folder / "tokenizer_config.json"
+  config = read_json(path) if path.is_file() else {}
   tokens = {
     name: value["content"] if isinstance(value, dict) else value
     for name, value in config.items()
@@ -454,12 +456,3 @@ def load_template(spec: str | None, tokenizer: str) -> ChatTemplate:
     )
   name = f"chat_template of {folder / 'tokenizer_config.json'}"
   return ChatTemplate(source, tokens, name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error})") from None

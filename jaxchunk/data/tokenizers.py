@@ -4,18 +4,17 @@ Special tokens are never read out of a document's text unless asked for.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
 
 from jaxchunk.data.bpe import SPECIALS, trained_bpe
-from jaxchunk.data.cache import atomic_write
+from jaxchunk.data.cache import atomic_write, read_json, write_json
 from jaxchunk.data.chat import Document
 from jaxchunk.data.files import hash_parts
 from jaxchunk.data.sources import Source
@@ -144,7 +143,7 @@ class ByteTokenizer:
 
   def save(self, folder: str | os.PathLike[str]) -> None:
     """Writes a folder that `load_tokenizer` reads back."""
-    _write_json(Path(folder) / "tokenizer_config.json", {"jaxchunk": "byte"})
+    write_json(Path(folder) / "tokenizer_config.json", {"jaxchunk": "byte"})
 
 
 class JsonTokenizer:
@@ -242,7 +241,7 @@ class JsonTokenizer:
     """Writes `tokenizer.json` and `tokenizer_config.json`, as others do."""
     with atomic_write(Path(folder) / "tokenizer.json") as file:
       file.write(self._definition.encode())
-    _write_json(Path(folder) / "tokenizer_config.json", dict(self._names))
+    write_json(Path(folder) / "tokenizer_config.json", dict(self._names))
 
 
 def _overlapping(
@@ -351,7 +350,7 @@ def load_tokenizer(
 def _from_files(path: Path, parse_special: bool) -> Tokenizer:
   file = path / "tokenizer.json" if path.is_dir() else path
   config_file = file.with_name("tokenizer_config.json")
-  config = _read_json(config_file) if config_file.exists() else {}
+  config = read_json(config_file) if config_file.exists() else {}
   if config.get("jaxchunk") == "byte":
     return ByteTokenizer()
   if not file.exists():
@@ -399,18 +398,3 @@ def _special_id(
   if token is None:
     raise ValueError(f"the tokenizer has no token {name!r}, its {kind}")
   return token
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-  with atomic_write(path) as file:
-    file.write(json.dumps(values, indent=2).encode())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON ({error})") from None
-  if not isinstance(values, dict):
-    raise ValueError(f"{path} is not a JSON object")
-  return values

@@ -4,7 +4,6 @@ Neither torch nor PEFT is needed.
 """
 
 import functools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxchunk.data.cache import read_json, write_json
 from jaxchunk.interop import safetensors_files as files
-from jaxchunk.interop.configs import architecture_of, text_part
+from jaxchunk.interop.architectures import architecture_of, text_part
 from jaxchunk.interop.errors import InteropError
 from jaxchunk.interop.hugging_face import CONFIG, read_config
 from jaxchunk.interop.names import LINEARS
@@ -103,7 +103,7 @@ def save_peft(model: Transformer, path: str | Path, *, base: str = "") -> None:
     "inference_mode": True,
   }
   files.write_file(path / _WEIGHTS, writable)
-  files.write_json(path / _ADAPTERS, values)
+  write_json(path / _ADAPTERS, values)
 
 
 def load_peft(model: Transformer, path: str | Path) -> Transformer:
@@ -180,10 +180,10 @@ def _read_config(path: Path) -> Mapping[str, Any]:
       "writes it"
     )
   try:
-    values = json.loads(file.read_text(encoding="utf-8"))
-    kind = values["peft_type"]
-  except (ValueError, KeyError, TypeError) as error:
-    raise InteropError(f"{file} is not a configuration ({error})") from None
+    values = read_json(file)
+  except ValueError as error:
+    raise InteropError(str(error)) from error
+  kind = values.get("peft_type")
   if kind != "LORA":
     raise InteropError(f"{file} has peft_type={kind!r}; jaxchunk reads 'LORA'")
   for name, value in values.items():

@@ -7,7 +7,6 @@ tensor. No other format is read: unpickling a file runs what is in it.
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import safetensors
 from jaxtyping import Shaped
 
-from jaxchunk.data.cache import atomic_write
+from jaxchunk.data.cache import atomic_write, write_json
 from jaxchunk.interop.errors import InteropError
 
 INDEX = "model.safetensors.index.json"
@@ -257,9 +256,3 @@ def write_file(path: Path, tensors: Sequence[Writable]) -> None:
           f"{tensor.dtype}{tensor.shape}"
         )
       file.write(array.reshape(-1).view(np.uint8).data)
-
-
-def write_json(path: str | os.PathLike[str], values: Any) -> None:
-  """Writes a JSON file that people can read."""
-  with atomic_write(Path(path)) as file:
-    file.write((json.dumps(values, indent=2) + "\n").encode())

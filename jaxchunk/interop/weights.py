@@ -1,0 +1,311 @@
+"""Parameters from tensors of a published checkpoint, and to them, one by one.
+
+A tensor goes from its source straight to its place on the devices, and back:
+no more than one is in host memory beside the model.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array
+from tqdm import tqdm
+
+from jaxchunk.interop import safetensors_files as files
+from jaxchunk.interop.errors import InteropError
+from jaxchunk.interop.names import EMBED, HEAD, Part, Tensor
+from jaxchunk.interop.names import Path as ParamPath
+from jaxchunk.interop.names import tensors as tensors_of
+from jaxchunk.models.adapters import adapters_of, model_of
+from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.lora import Adapter
+from jaxchunk.models.transformer import Transformer, layer_of
+
+Shardings = Callable[[str, tuple[int, ...]], Sharding]
+
+_QUIET_SECONDS = 3.0
+# Computed from the configuration wherever they are stored.
+_COMPUTED = "rotary_emb.inv_freq"
+
+
+class Source(Protocol):
+  """Tensors by name."""
+
+  @property
+  def tensors(self) -> Mapping[str, Any]:
+    """What has a `shape`."""
+    ...
+
+  def read(self, name: str, index: files.Index) -> files.Array:
+    """A part of a tensor."""
+    ...
+
+
+def filled_model(
+  source: Source,
+  cfg: ModelConfig,
+  *,
+  fused: bool,
+  shardings: Sharding | Shardings | None = None,
+  name: str,
+) -> Transformer:
+  """The model with parameters from a source.
+
+  Args:
+    source: The tensors.
+    cfg: The frozen configuration.
+    fused: As in `names.tensors`.
+    shardings: As in `load_hf`.
+    name: What to call the source in a message.
+
+  Raises:
+    InteropError: A tensor is missing, left over or of another shape.
+  """
+  placing = _placing(shardings)
+  model = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+  state = nnx.state(model, nnx.Param)
+  params = {
+    path: variable.get_value() for path, variable in nnx.to_flat_state(state)
+  }
+  wanted = list(tensors_of(cfg, fused=fused))
+  found = _match(source, wanted, cfg, name)
+  _check_shapes(source, wanted, found, params)
+  filled: dict[ParamPath, Array] = {}
+  for tensor in tqdm(
+    wanted, desc="loading", unit="tensor", delay=_QUIET_SECONDS
+  ):
+    start = 0
+    for part in tensor.parts:
+      shape = params[part.path].shape
+      sharding = placing("/".join(map(str, part.path)), shape)
+      layer_shape = _stored_shape(part, tensor, shape)
+      array = jax.make_array_from_callback(
+        layer_shape,
+        _stored_sharding(part, tensor, sharding, len(shape)),
+        _rows_reader(source, found[tensor.name], start, layer_shape),
+      )
+      start += layer_shape[0]
+      old = filled.get(part.path)
+      if part.layer is not None and old is None:
+        old = _zeros(shape, params[part.path].dtype, sharding)()
+      put = _putter(
+        sharding, params[part.path].dtype, tensor.transposed, old is not None
+      )
+      # Dispatch must not run ahead: what waits is held by the host.
+      filled[part.path] = jax.block_until_ready(put(old, array, part.layer))
+  return model_of(cfg, filled)
+
+
+def _match(
+  source: Source, wanted: Sequence[Tensor], cfg: ModelConfig, where: str
+) -> dict[str, str]:
+  """The name in the source of each wanted tensor.
+
+  Names begin with "model." usually, with more where the model holds more than
+  text, and with nothing where the head was left out.
+  """
+  names = [name for name in source.tensors if name.endswith(EMBED)]
+  if len(names) != 1:
+    raise InteropError(
+      f"{where} must have one tensor that ends in {EMBED!r}, found {names}"
+    )
+  prefix = names[0].removesuffix(EMBED)
+  found = {}
+  for tensor in wanted:
+    options = [prefix + tensor.name.removeprefix("model.")]
+    if tensor.name == HEAD:
+      options = [HEAD, prefix.removesuffix("model.") + HEAD]
+    name = next((n for n in options if n in source.tensors), None)
+    if name is None:
+      hint = ""
+      if tensor.name == HEAD:
+        hint = " (set tie_word_embeddings if the head is the embedding)"
+      raise InteropError(
+        f"{where} lack {options[0]!r}, which the configuration asks for{hint}"
+      )
+    found[tensor.name] = name
+  left = set(source.tensors) - set(found.values())
+  # A tied head may be stored again.
+  unused = {n for n in left if not n.endswith(_COMPUTED)}
+  if cfg.tie_embeddings:
+    unused = {n for n in unused if not n.endswith(HEAD)}
+  # Of a model with more than text, the rest is left where it is.
+  elsewhere = {n for n in unused if not n.startswith(prefix)}
+  if prefix not in ("", "model.") and elsewhere:
+    logging.info("%s: %d tensors are not of the text", where, len(elsewhere))
+    unused -= elsewhere
+  if unused:
+    raise InteropError(
+      f"the configuration has no place for {len(unused)} of the tensors in "
+      f"{where}: {sorted(unused)[:5]}"
+    )
+  return found
+
+
+def _check_shapes(
+  source: Source,
+  wanted: Sequence[Tensor],
+  found: Mapping[str, str],
+  params: Mapping[ParamPath, Any],
+) -> None:
+  for tensor in wanted:
+    shapes = [
+      _stored_shape(part, tensor, params[part.path].shape)
+      for part in tensor.parts
+    ]
+    shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+    stored = tuple(source.tensors[found[tensor.name]].shape)
+    if stored != shape:
+      raise InteropError(
+        f"{found[tensor.name]!r} has shape {stored}, the configuration {shape}"
+      )
+
+
+def _stored_shape(
+  part: Part, tensor: Tensor, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+  layer = shape if part.layer is None else shape[1:]
+  return layer[::-1] if tensor.transposed else layer
+
+
+def _rows_reader(
+  source: Source, name: str, start: int, shape: tuple[int, ...]
+) -> Callable[[Any], files.Array]:
+  """Reads a part of the rows that begin at `start`."""
+
+  def read(index: files.Index) -> files.Array:
+    rows, *rest = (
+      slice(*s.indices(size)) for s, size in zip(index, shape, strict=True)
+    )
+    rows = slice(rows.start + start, rows.stop + start)
+    return source.read(name, (rows, *rest))
+
+  return read
+
+
+def _placing(shardings: Sharding | Shardings | None) -> Shardings:
+  if shardings is None:
+    shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  if isinstance(shardings, Sharding):
+    chosen = shardings
+    return lambda path, shape: chosen
+  return shardings
+
+
+def _stored_sharding(
+  part: Part, tensor: Tensor, sharding: Sharding, rank: int
+) -> Sharding:
+  """That of a tensor as stored, from that of its parameter."""
+  if not isinstance(sharding, NamedSharding):
+    return sharding
+  spec = [*sharding.spec, *[None] * (rank - len(sharding.spec))]
+  if part.layer is not None:
+    spec = spec[1:]
+  if tensor.transposed:
+    spec = spec[::-1]
+  return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+@functools.cache
+def _zeros(
+  shape: tuple[int, ...], dtype: Any, sharding: Sharding
+) -> Callable[[], Array]:
+  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _putter(
+  sharding: Sharding, dtype: Any, transposed: bool, stacked: bool
+) -> Callable[[Array | None, Array, Any], Array]:
+  """`put(stack, tensor, layer)`, in place; without a stack the tensor alone."""
+
+  def ours(x: Array) -> Array:
+    # A copy at any rate: what comes in may be the file's own memory.
+    return jnp.array(x.T if transposed else x, dtype, copy=True)
+
+  if not stacked:
+    convert = jax.jit(ours, out_shardings=sharding)
+    return lambda stack, x, layer: convert(x)
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
+  def put(stack: Array, x: Array, layer: Any) -> Array:
+    return lax.dynamic_update_index_in_dim(stack, ours(x), layer, 0)
+
+  return put
+
+
+def writable(
+  model: Transformer, *, fused: bool, dtype: str | None = None
+) -> Iterator[files.Writable]:
+  """The tensors of a model, fetched one by one; adapters are merged in.
+
+  Args:
+    model: The model.
+    fused: As in `names.tensors`.
+    dtype: Of the tensors; by default that of each parameter.
+  """
+  params = {
+    path: variable[...]
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+  }
+  adapters = adapters_of(model)
+  for tensor in tensors_of(model.cfg, fused=fused):
+    shapes = [
+      _stored_shape(part, tensor, params[part.path].shape)
+      for part in tensor.parts
+    ]
+
+    kind = dtype or params[tensor.parts[0].path].dtype.name
+
+    def fetch(tensor: Tensor = tensor, kind: str = kind) -> files.Array:
+      parts = [
+        _fetched(
+          params[part.path],
+          part.layer,
+          tensor.transposed,
+          kind,
+          adapters.get(part.path),
+        )
+        for part in tensor.parts
+      ]
+      return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+    yield files.Writable(tensor.name, shape, kind, fetch)
+
+
+def _fetched(
+  param: Array,
+  layer: int | None,
+  transposed: bool,
+  dtype: str,
+  adapter: Adapter | None,
+) -> files.Array:
+  everywhere = None
+  sharding = getattr(param, "sharding", None)
+  if isinstance(sharding, NamedSharding):
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+  take = _taker(layer is not None, transposed, dtype, everywhere)
+  return np.asarray(take(param, layer or 0, adapter))
+
+
+@functools.cache
+def _taker(
+  stacked: bool, transposed: bool, dtype: str, sharding: Sharding | None
+) -> Callable[[Array, Any, Adapter | None], Array]:
+  @functools.partial(jax.jit, out_shardings=sharding)
+  def take(param: Array, layer: Any, adapter: Adapter | None) -> Array:
+    if stacked:
+      param = lax.dynamic_index_in_dim(param, layer, keepdims=False)
+    if adapter is not None:
+      param = layer_of(adapter, layer).merged(param)
+    return (param.T if transposed else param).astype(dtype)
+
+  return take

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from jaxchunk.data.bpe import train_bpe
+from jaxchunk.data.chat import CHATML
+
 SPECIALS = ("<|pad|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -56,24 +59,12 @@ def write(folder: pathlib.Path, count: int, seed: int, vocab: int) -> None:
   with (folder / "talk.jsonl").open("w", encoding="utf-8") as file:
     for record in records:
       file.write(json.dumps(record, ensure_ascii=False) + "\n")
-  level = tokenizers.pre_tokenizers.ByteLevel
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-  backend.pre_tokenizer = level(add_prefix_space=False)
-  backend.decoder = tokenizers.decoders.ByteLevel()
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=vocab,
-    special_tokens=list(SPECIALS),
-    initial_alphabet=sorted(level.alphabet()),
-    show_progress=False,
-  )
   texts = (m["content"] for r in records for m in r["messages"])
-  backend.train_from_iterator(texts, trainer)
+  definition = train_bpe(vocab, texts, SPECIALS)
   from transformers import PreTrainedTokenizerFast
 
-  from jaxchunk.data.chat import CHATML
-
   PreTrainedTokenizerFast(
-    tokenizer_object=backend,
+    tokenizer_object=tokenizers.Tokenizer.from_str(definition),
     pad_token="<|pad|>",
     eos_token="<|eos|>",
     chat_template=CHATML,

@@ -158,9 +158,9 @@ with open(DATA, encoding="utf-8") as lines:
 # no `MODEL`.
 
 # %%
-import tokenizers
 from flax import nnx
 
+from jaxchunk.data.bpe import train_bpe
 from jaxchunk.data.chat import CHATML
 from jaxchunk.data.tokenizers import JsonTokenizer
 from jaxchunk.models.families import qwen3
@@ -169,20 +169,9 @@ from jaxchunk.models.families import qwen3
 def make_model(folder):
   """A model of a million parameters, as if it had been published."""
   specials = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-  level = tokenizers.pre_tokenizers.ByteLevel
-  backend.pre_tokenizer = level(add_prefix_space=False)
-  backend.decoder = tokenizers.decoders.ByteLevel()
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=1024,
-    special_tokens=specials,
-    initial_alphabet=sorted(level.alphabet()),
-    show_progress=False,
-  )
-  backend.train([DATA], trainer)
-  tokenizer = JsonTokenizer(
-    backend.to_str(), eos="<|im_end|>", pad="<|pad|>", bos=None
-  )
+  with open(DATA, encoding="utf-8") as lines:
+    definition = train_bpe(1024, lines, specials)
+  tokenizer = JsonTokenizer(definition, eos="<|im_end|>", pad="<|pad|>")
   cfg = qwen3(
     vocab_size=1024,
     d_model=128,

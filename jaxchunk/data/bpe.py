@@ -1,6 +1,6 @@
 """A byte-level BPE, trained on first use and cached."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ def trained_bpe(
     except Exception as error:  # The library raises no narrower class.
       logging.warning("Training anew: %s is corrupt (%s)", cached, error)
   logging.info("Training a BPE of %d tokens on %d documents", size, len(source))
-  definition = _train(size, _texts(source, heldout_fraction))
+  definition = train_bpe(size, _texts(source, heldout_fraction))
   if cached:
     with atomic_write(cached) as file:
       file.write(definition.encode())
@@ -79,14 +79,26 @@ def _texts(source: Source, heldout_fraction: float) -> Iterator[str]:
       return
 
 
-def _train(size: int, texts: Iterator[str]) -> str:
+def train_bpe(
+  size: int, texts: Iterable[str], specials: Sequence[str] = SPECIALS
+) -> str:
+  """Trains a byte-level BPE.
+
+  Args:
+    size: Of the vocabulary, special tokens included.
+    texts: To learn from.
+    specials: Texts of special tokens, which have the first ids.
+
+  Returns:
+    Its definition, as the `tokenizers` library writes it.
+  """
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   byte_level = tokenizers.pre_tokenizers.ByteLevel
   tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
   trainer = tokenizers.trainers.BpeTrainer(
     vocab_size=size,
-    special_tokens=list(SPECIALS),
+    special_tokens=list(specials),
     initial_alphabet=sorted(byte_level.alphabet()),
     show_progress=False,
   )

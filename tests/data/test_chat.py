@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
+from jaxchunk.data.bpe import train_bpe
 from jaxchunk.data.chat import (
   CHATML,
   ChatTemplate,
@@ -185,17 +186,10 @@ def test_tokens_with_a_trained_character_are_trained():
   document = Document(text, ((2, 3), (7, 8)))
   ids, mask = ByteTokenizer().encode_documents([document])[0]
   assert bytes(ids[mask].tolist()).decode() == "ï本"
-  level = tokenizers.pre_tokenizers.ByteLevel
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-  backend.pre_tokenizer = level(add_prefix_space=False)
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=300,
-    special_tokens=["<|im_end|>"],
-    initial_alphabet=sorted(level.alphabet()),
-    show_progress=False,
-  )
-  backend.train_from_iterator(["user hello assistant hello"] * 5, trainer)
-  bpe = JsonTokenizer(backend.to_str())
+  words = ["user hello assistant hello"] * 5
+  definition = train_bpe(300, words, ["<|im_end|>"])
+  backend = tokenizers.Tokenizer.from_str(definition)
+  bpe = JsonTokenizer(definition)
   document = Document("user hello<|im_end|>", ((5, 20),))
   ids, mask = bpe.encode_documents([document])[0]
   words = [backend.id_to_token(int(i)) for i in ids]

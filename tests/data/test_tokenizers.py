@@ -96,10 +96,10 @@ def test_bpe_is_deterministic_cached_and_survives_corruption(
 
   assert load().fingerprint == _BPE.fingerprint
   (cached,) = cache_dir.iterdir()
-  train = bpe._train
-  monkeypatch.setattr(bpe, "_train", None)
+  train = bpe.train_bpe
+  monkeypatch.setattr(bpe, "train_bpe", None)
   assert load().fingerprint == _BPE.fingerprint
-  monkeypatch.setattr(bpe, "_train", train)
+  monkeypatch.setattr(bpe, "train_bpe", train)
   for torn in (b"{", b"\xff", b""):
     cached.write_bytes(torn)
     assert load().fingerprint == _BPE.fingerprint

@@ -1,13 +1,15 @@
 """Fine-tuning on conversations: the same losses as transformers and PEFT?
 
-  python benchmarks/sft.py [--ways=full,lora,dora] [--steps=20] [--seed=0]
+  python benchmarks/sft.py [--ways=full,lora,dora,qlora] [--steps=20]
+    [--seed=0]
 
 The same small random model of transformers, the same conversations in the same
 steps, AdamW with the same settings, fp32. Here `training.loop` runs by chunks,
 with its own reading of the chat template; there a plain loop over whole
 conversations, tokenised and masked by transformers, adapters by PEFT. Prints
 the largest difference of the loss of any step, whether tokens and masks are
-the same, and the first and last loss.
+the same, and the first and last loss. For "qlora" the matrices are in nf4
+here, and there what these codes mean, in fp32.
 """
 
 import json
@@ -20,7 +22,9 @@ import numpy as np
 from absl import app, flags, logging
 from common import report, rounded
 
-_WAYS = flags.DEFINE_list("ways", ["full", "lora", "dora"], "What to train.")
+_WAYS = flags.DEFINE_list(
+  "ways", ["full", "lora", "dora", "qlora"], "What to train."
+)
 _STEPS = flags.DEFINE_integer("steps", 20, "Updates.", 2)
 _SEED = flags.DEFINE_integer("seed", 0, "Of data, weights and adapters.")
 _FAMILY = flags.DEFINE_string("family", "Qwen3", "Of the model.")
@@ -70,15 +74,18 @@ def ours(way: str, folder: pathlib.Path) -> dict[str, Any]:
   from jaxchunk.interop.hugging_face import load_config
   from jaxchunk.interop.peft import save_peft
   from jaxchunk.models.adapters import add_lora
+  from jaxchunk.models.quantized import Quantization
   from jaxchunk.training import loop, metrics
   from jaxchunk.training.config import Config, TrainConfig
 
   lora = lora_of(way)
+  quantization = Quantization() if way == "qlora" else None
+  base = jc.load_hf(folder / "model", quantization=quantization)
+  jc.save_hf(base, folder / f"base-{way}", like=folder / "model")
   if lora is not None:
-    model = add_lora(jc.load_hf(folder / "model"), lora, seed=_SEED.value)
-    save_peft(model, folder / way)
+    save_peft(add_lora(base, lora, seed=_SEED.value), folder / way)
   config = Config(
-    model=load_config(folder / "model", lora=lora),
+    model=load_config(folder / "model", lora=lora, quantization=quantization),
     data=DataConfig(
       source=str(folder / "talk.jsonl"),
       format="messages",
@@ -128,7 +135,7 @@ def theirs(
   ]
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
   model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-    folder / "model", attn_implementation="sdpa"
+    folder / f"base-{way}", attn_implementation="sdpa"
   )
   if way != "full":
     import peft

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxchunk.models.quantized import QuantizedParam
 from jaxchunk.models.transformer import Transformer
 
 
@@ -67,7 +68,8 @@ class Trainable:
       The selection.
 
     Raises:
-      ValueError: Nothing is chosen, or a path is not in the model.
+      ValueError: Nothing is chosen, or what cannot be trained, or a path is
+        not in the model.
     """
     paths = tuple(nnx.to_flat_state(nnx.state(model)).paths)
     if isinstance(trainable, nnx.State):
@@ -80,6 +82,12 @@ class Trainable:
     else:
       kind = nnx.Param if trainable is None else trainable
       wanted = set(nnx.to_flat_state(nnx.state(model, kind)).paths)
+    held = set(nnx.to_flat_state(nnx.state(model, QuantizedParam)).paths)
+    if wanted & held or (held and trainable is None):
+      raise ValueError(
+        f"trainable={trainable!r} names quantized matrices, which cannot be "
+        "trained; add_lora and train the adapters, trainable=nnx.LoRAParam"
+      )
     if not wanted:
       raise ValueError(
         f"trainable={trainable!r} chooses no parameter of the model"

@@ -58,7 +58,14 @@ _SIZES = {
   "context_length": "max_position_embeddings",
 }
 # Fields of a ModelConfig that say how it is used, not what it computes.
-_USE = ("dtype", "param_dtype", "dropout", "context_length", "lora")
+_USE = (
+  "dtype",
+  "param_dtype",
+  "dropout",
+  "context_length",
+  "lora",
+  "quantization",
+)
 # What may be true of an architecture and is not of our model.
 _REFUSED = {
   "attention_bias": "biases on attention's output",

@@ -28,6 +28,7 @@ from jaxchunk.interop.errors import InteropError
 from jaxchunk.interop.weights import Shardings, filled_model, writable
 from jaxchunk.models.config import DType, ModelConfig
 from jaxchunk.models.lora import LoRA
+from jaxchunk.models.quantized import Quantization
 from jaxchunk.models.transformer import Transformer
 
 Arrays = dict[str, Num[np.ndarray, "..."]]
@@ -61,6 +62,7 @@ def load_hf(
   dtype: DType | None = None,
   param_dtype: DType | None = None,
   context_length: int | None = None,
+  quantization: Quantization | None = None,
   shardings: Sharding | Shardings | None = None,
 ) -> Transformer:
   """Loads a model in the format of Hugging Face.
@@ -72,6 +74,8 @@ def load_hf(
     context_length: Of the longest sequence to come, in tokens, for rotary
       embeddings that depend on it ("longrope", "dynamic"); by default the
       published one.
+    quantization: Hold the matrices of the layers in four or eight bits; each
+      is quantized as it is read.
     shardings: Where the parameters go: one sharding for all, or a function of
       a parameter's path ("blocks/0/q/kernel") and shape (`[L,in,out]`, layers
       stacked). By default the first device. Of many hosts, each reads what
@@ -86,7 +90,11 @@ def load_hf(
   """
   path = Path(path).expanduser()
   cfg = load_config(
-    path, dtype=dtype, param_dtype=param_dtype, context_length=context_length
+    path,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    context_length=context_length,
+    quantization=quantization,
   )
   fused = architecture_of(text_part(read_config(path))).fused
   reader = files.Reader(path)
@@ -102,6 +110,7 @@ def load_config(
   param_dtype: DType | None = None,
   context_length: int | None = None,
   lora: LoRA | None = None,
+  quantization: Quantization | None = None,
 ) -> ModelConfig:
   """The configuration of a model in the format of Hugging Face.
 
@@ -111,6 +120,7 @@ def load_config(
     param_dtype: As in `load_hf`.
     context_length: As in `load_hf`.
     lora: Adapters to train beside it.
+    quantization: As in `load_hf`.
 
   Returns:
     A configuration that may still be changed.
@@ -123,6 +133,7 @@ def load_config(
   cfg.dtype = dtype or cfg.dtype
   cfg.param_dtype = param_dtype or cfg.param_dtype
   cfg.lora = lora
+  cfg.quantization = quantization
   return cfg
 
 
@@ -140,7 +151,8 @@ def save_hf(
   """Saves a model in the format of Hugging Face.
 
   Args:
-    model: The model. Adapters are merged while it is written.
+    model: The model. Adapters are merged while it is written, and quantized
+      matrices widened.
     path: A folder, made if need be.
     like: The folder that the model was loaded from: its architecture, ids of
       special tokens, tokenizer and chat template are taken over.

@@ -4,9 +4,10 @@ A tensor goes from its source straight to its place on the devices, and back:
 no more than one is in host memory beside the model.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,21 @@ from jaxchunk.interop.errors import InteropError
 from jaxchunk.interop.names import EMBED, HEAD, Part, Tensor
 from jaxchunk.interop.names import Path as ParamPath
 from jaxchunk.interop.names import tensors as tensors_of
-from jaxchunk.models.adapters import adapters_of, model_of
+from jaxchunk.models.adapters import (
+  adapters_of,
+  matrices_of,
+  merged,
+  model_of,
+  quantized_arrays,
+)
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.lora import Adapter
+from jaxchunk.models.quantized import (
+  Matrix,
+  Quantization,
+  Quantized,
+  quantized,
+)
 from jaxchunk.models.transformer import Transformer, layer_of
 
 Shardings = Callable[[str, tuple[int, ...]], Sharding]
@@ -69,7 +82,8 @@ def filled_model(
     InteropError: A tensor is missing, left over or of another shape.
   """
   placing = _placing(shardings)
-  model = jax.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+  plain = dataclasses.replace(cfg, quantization=None).frozen()
+  model = jax.eval_shape(lambda: Transformer(plain, rngs=nnx.Rngs(0)))
   state = nnx.state(model, nnx.Param)
   params = {
     path: variable.get_value() for path, variable in nnx.to_flat_state(state)
@@ -77,7 +91,7 @@ def filled_model(
   wanted = list(tensors_of(cfg, fused=fused))
   found = _match(source, wanted, cfg, name)
   _check_shapes(source, wanted, found, params)
-  filled: dict[ParamPath, Array] = {}
+  filled: dict[ParamPath, Matrix] = {}
   for tensor in tqdm(
     wanted, desc="loading", unit="tensor", delay=_QUIET_SECONDS
   ):
@@ -92,15 +106,24 @@ def filled_model(
         _rows_reader(source, found[tensor.name], start, layer_shape),
       )
       start += layer_shape[0]
+      stored = _Stored(
+        params[part.path].dtype,
+        tensor.transposed,
+        cfg.quantization if part.path[-1] == "kernel" else None,
+      )
       old = filled.get(part.path)
       if part.layer is not None and old is None:
-        old = _zeros(shape, params[part.path].dtype, sharding)()
-      put = _putter(
-        sharding, params[part.path].dtype, tensor.transposed, old is not None
-      )
+        old = _zeros(shape, stored, sharding)()
+      put = _putter(sharding, stored, old is not None)
       # Dispatch must not run ahead: what waits is held by the host.
       filled[part.path] = jax.block_until_ready(put(old, array, part.layer))
-  return model_of(cfg, filled)
+  arrays: dict[ParamPath, Array] = {}
+  for path, matrix in filled.items():
+    if isinstance(matrix, Quantized):
+      arrays |= quantized_arrays(path, matrix)
+    else:
+      arrays[path] = matrix
+  return model_of(cfg, arrays)
 
 
 def _match(
@@ -213,30 +236,54 @@ def _stored_sharding(
   return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
+class _Stored(NamedTuple):
+  """How a tensor becomes a parameter."""
+
+  dtype: Any
+  transposed: bool
+  quantization: Quantization | None
+
+  def parameter(self, x: Array) -> Matrix:
+    """The parameter, or one layer of it."""
+    # A copy at any rate: what comes in may be the file's own memory.
+    x = x.T if self.transposed else x
+    return self.held(jnp.array(x, self.dtype, copy=True))
+
+  def held(self, x: Array) -> Matrix:
+    """A parameter as it is held."""
+    if self.quantization is None:
+      return x
+    return quantized(x, self.quantization)
+
+
 @functools.cache
 def _zeros(
-  shape: tuple[int, ...], dtype: Any, sharding: Sharding
-) -> Callable[[], Array]:
-  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+  shape: tuple[int, ...], stored: _Stored, sharding: Sharding
+) -> Callable[[], Matrix]:
+  layer = jax.ShapeDtypeStruct(shape[1:], stored.dtype)
+  one = jax.eval_shape(stored.held, layer)
+
+  def zeros() -> Matrix:
+    return jax.tree.map(lambda a: jnp.zeros((shape[0], *a.shape), a.dtype), one)
+
+  return jax.jit(zeros, out_shardings=sharding)
 
 
 @functools.cache
 def _putter(
-  sharding: Sharding, dtype: Any, transposed: bool, stacked: bool
-) -> Callable[[Array | None, Array, Any], Array]:
+  sharding: Sharding, stored: _Stored, stacked: bool
+) -> Callable[[Matrix | None, Array, Any], Matrix]:
   """`put(stack, tensor, layer)`, in place; without a stack the tensor alone."""
-
-  def ours(x: Array) -> Array:
-    # A copy at any rate: what comes in may be the file's own memory.
-    return jnp.array(x.T if transposed else x, dtype, copy=True)
-
   if not stacked:
-    convert = jax.jit(ours, out_shardings=sharding)
+    convert = jax.jit(stored.parameter, out_shardings=sharding)
     return lambda stack, x, layer: convert(x)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
-  def put(stack: Array, x: Array, layer: Any) -> Array:
-    return lax.dynamic_update_index_in_dim(stack, ours(x), layer, 0)
+  def put(stack: Matrix, x: Array, layer: Any) -> Matrix:
+    def write(old: Array, new: Array) -> Array:
+      return lax.dynamic_update_index_in_dim(old, new, layer, 0)
+
+    return jax.tree.map(write, stack, stored.parameter(x))
 
   return put
 
@@ -251,10 +298,10 @@ def writable(
     fused: As in `names.tensors`.
     dtype: Of the tensors; by default that of each parameter.
   """
-  params = {
+  params: dict[ParamPath, Matrix] = {
     path: variable[...]
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
-  }
+  } | matrices_of(model)
   adapters = adapters_of(model)
   for tensor in tensors_of(model.cfg, fused=fused):
     shapes = [
@@ -262,7 +309,7 @@ def writable(
       for part in tensor.parts
     ]
 
-    kind = dtype or params[tensor.parts[0].path].dtype.name
+    kind = dtype or model.cfg.param_dtype
 
     def fetch(tensor: Tensor = tensor, kind: str = kind) -> files.Array:
       parts = [
@@ -282,14 +329,14 @@ def writable(
 
 
 def _fetched(
-  param: Array,
+  param: Matrix,
   layer: int | None,
   transposed: bool,
   dtype: str,
   adapter: Adapter | None,
 ) -> files.Array:
   everywhere = None
-  sharding = getattr(param, "sharding", None)
+  sharding = getattr(jax.tree.leaves(param)[0], "sharding", None)
   if isinstance(sharding, NamedSharding):
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
   take = _taker(layer is not None, transposed, dtype, everywhere)
@@ -299,13 +346,12 @@ def _fetched(
 @functools.cache
 def _taker(
   stacked: bool, transposed: bool, dtype: str, sharding: Sharding | None
-) -> Callable[[Array, Any, Adapter | None], Array]:
+) -> Callable[[Matrix, Any, Adapter | None], Array]:
   @functools.partial(jax.jit, out_shardings=sharding)
-  def take(param: Array, layer: Any, adapter: Adapter | None) -> Array:
+  def take(param: Matrix, layer: Any, adapter: Adapter | None) -> Array:
     if stacked:
-      param = lax.dynamic_index_in_dim(param, layer, keepdims=False)
-    if adapter is not None:
-      param = layer_of(adapter, layer).merged(param)
-    return (param.T if transposed else param).astype(dtype)
+      param, adapter = layer_of((param, adapter), layer)
+    array = merged(adapter, param, dtype)
+    return array.T if transposed else array
 
   return take

@@ -5,6 +5,7 @@ import typing
 from typing import Any, Literal
 
 from jaxchunk.models.lora import LoRA
+from jaxchunk.models.quantized import Quantization
 from jaxchunk.models.rope import Rope
 
 HeadNorm = Literal["head", "all"]
@@ -50,6 +51,9 @@ class ModelConfig:
       `None` where nobody says.
     lora: Adapters beside the matrices of the layers; see
       `jaxchunk.models.adapters.add_lora`.
+    quantization: Hold the matrices of the layers in four or eight bits; they
+      cannot be trained, adapters beside them can. `None` holds them in
+      `param_dtype`.
     dropout: Rate on the output of attention and MLP, in training only.
     dtype: Of activations and matrix products.
     param_dtype: Of parameters.
@@ -80,6 +84,7 @@ class ModelConfig:
   norm_eps: float = 1e-6
   context_length: int | None = None
   lora: LoRA | None = None
+  quantization: Quantization | None = None
   dropout: float = 0.0
   dtype: DType = "float32"
   param_dtype: DType = "float32"
@@ -185,6 +190,7 @@ class ModelConfig:
       _check_positive("context_length", self.context_length)
     if not isinstance(self.lora, LoRA | None):
       raise ValueError(f"lora={self.lora!r} must be a LoRA, or None")
+    self._check_quantization()
     if not self.norm_eps > 0:
       raise ValueError(f"norm_eps={self.norm_eps} must be positive")
     if not 0 <= self.dropout < 1:
@@ -209,6 +215,26 @@ class ModelConfig:
       other = ", or None" if name == "local_rope" else ""
       raise ValueError(f"{name}={rope!r} must be a Rope{other}")
     rope.check(self.head_width, name)
+
+  def _check_quantization(self) -> None:
+    quantization = self.quantization
+    if not isinstance(quantization, Quantization | None):
+      raise ValueError(
+        f"quantization={quantization!r} must be a Quantization, or None"
+      )
+    if quantization is None:
+      return
+    heads = self.num_heads * self.head_width
+    for name, inputs in (
+      ("d_model", self.d_model),
+      ("num_heads * head_dim", heads),
+      ("d_ff", self.d_ff),
+    ):
+      if inputs % quantization.block:
+        raise ValueError(
+          f"{name}={inputs} is not a multiple of "
+          f"quantization.block={quantization.block}; choose a divisor"
+        )
 
   def _check_window_pattern(self) -> None:
     if not self.window_pattern:

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside frozen matrices.
+"""Low-rank adapters beside frozen matrices, perhaps quantized ones.
 
 Only the adapters need gradients (`trainable=nnx.LoRAParam`): for the matrices
 beside them none are computed.
@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
+
+from jaxchunk.models.quantized import Matrix, widened
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 """The matrices of a layer."""
@@ -64,44 +66,42 @@ class Adapter(nnx.Module):
   """`a [in,R]`, `b [R,out]` and perhaps a `magnitude [out]`, in fp32."""
 
   def __init__(
-    self, lora: LoRA, kernel: Float[Array, "in out"], rngs: nnx.Rngs
+    self, lora: LoRA, kernel: Matrix, dtype: DTypeLike, rngs: nnx.Rngs
   ):
     self.scale = lora.scale
     inputs, outputs = kernel.shape
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    dtype = jnp.promote_types(dtype, jnp.float32)
     bound = inputs**-0.5
     shape = (inputs, lora.rank)
     a = jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
     self.a = nnx.LoRAParam(a)
     self.b = nnx.LoRAParam(jnp.zeros((lora.rank, outputs), dtype))
-    norms = column_norms(kernel.astype(dtype)) if lora.dora else None
+    norms = column_norms(widened(kernel, dtype)) if lora.dora else None
     magnitude = None if norms is None else nnx.LoRAParam(norms)
     self.magnitude: Any = nnx.data(magnitude)
 
-  def merged(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
+  def merged(self, kernel: Matrix, dtype: DTypeLike) -> Float[Array, "in out"]:
     """Of one layer, the matrix that does what `kernel` and the adapter do.
 
-    In kernel's dtype; products and sums are in at least fp32.
+    Products and sums are in at least fp32, then rounded to the dtype.
     """
     adapted = self._sum(kernel)
     if self.magnitude is not None:
       adapted *= (self.magnitude[...] / column_norms(adapted))[None]
-    return adapted.astype(kernel.dtype)
+    return adapted.astype(dtype)
 
-  def column_factor(
-    self, kernel: Float[Array, "in out"]
-  ) -> Float[Array, " out"] | None:
+  def column_factor(self, kernel: Matrix) -> Float[Array, " out"] | None:
     """DoRA's factor on the output; its norm counts as a constant."""
     if self.magnitude is None:
       return None
     norms = column_norms(jax.lax.stop_gradient(self._sum(kernel)))
     return jnp.asarray(self.magnitude[...] / norms)
 
-  def _sum(self, kernel: Float[Array, "in out"]) -> Float[Array, "in out"]:
+  def _sum(self, kernel: Matrix) -> Float[Array, "in out"]:
     product = jnp.matmul(
       self.a[...], self.b[...], precision=jax.lax.Precision.HIGHEST
     )
-    return kernel.astype(product.dtype) + self.scale * product
+    return widened(kernel, product.dtype) + self.scale * product
 
 
 def column_norms(kernel: Float[Array, "in out"]) -> Float[Array, " out"]:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxchunk.kernels.vma import match_primal
+from jaxchunk.models.quantized import Matrix, Quantized, widened
 
 
 class Tape:
@@ -35,7 +36,7 @@ class Tape:
     self.saved: dict[str, Array] = dict(saved or {})
 
   def product(
-    self, name: str, spec: str, x: Array, w: Array, *, keep: bool = True
+    self, name: str, spec: str, x: Array, w: Matrix, *, keep: bool = True
   ) -> Array:
     """`einsum(spec, x, w)` in x's dtype.
 
@@ -43,7 +44,8 @@ class Tape:
       name: Unique among the products of one layer.
       spec: Einsum of two operands in which every letter occurs twice.
       x: Activations.
-      w: Weights; cast to x's dtype, differentiated in at least fp32.
+      w: Weights; cast to x's dtype, differentiated in at least fp32. Quantized
+        ones are widened where they are used, and have no gradient.
       keep: Whether the backward pass reads the output.
 
     Returns:
@@ -63,7 +65,7 @@ class Tape:
     name: str,
     spec: str,
     x: Array,
-    w: Array,
+    w: Matrix,
     a: Array,
     b: Array,
     *,
@@ -95,42 +97,66 @@ class Tape:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(spec: str, x: Array, w: Array) -> Array:
-  return jnp.einsum(spec, x, w.astype(x.dtype))
+def _product(spec: str, x: Array, w: Matrix) -> Array:
+  return jnp.einsum(spec, x, widened(w, x.dtype))
 
 
-def _product_fwd(spec: str, x: Array, w: Array) -> tuple[Array, Any]:
+def _product_fwd(spec: str, x: Array, w: Matrix) -> tuple[Array, Any]:
   return _product(spec, x, w), (x, w)
 
 
-def _product_bwd(spec: str, saved: Any, dy: Array) -> tuple[Array, Array]:
+def _product_bwd(
+  spec: str, saved: Any, dy: Array
+) -> tuple[Array, Array | None]:
   x, w = saved
-  inputs, out = spec.split("->")
-  x_spec, w_spec = inputs.split(",")
-  dx = jnp.einsum(f"{out},{w_spec}->{x_spec}", dy, w.astype(dy.dtype))
+  dx = _input_gradient(spec, x, w, dy)
+  if isinstance(w, Quantized):
+    return dx, None
+  return dx, _weight_gradient(spec, x, w, dy)
+
+
+def _input_gradient(spec: str, x: Array, w: Matrix, dy: Array) -> Array:
+  x_spec, w_spec, out = _operands(spec)
+  dx = jnp.einsum(f"{out},{w_spec}->{x_spec}", dy, widened(w, dy.dtype))
+  return match_primal(dx, x)
+
+
+def _weight_gradient(spec: str, x: Array, w: Array, dy: Array) -> Array:
+  x_spec, w_spec, out = _operands(spec)
   wide = jnp.promote_types(w.dtype, jnp.float32)
   dw = jnp.einsum(
     f"{x_spec},{out}->{w_spec}", x, dy, preferred_element_type=wide
   )
-  return match_primal((dx, dw.astype(w.dtype)), (x, w))
+  return match_primal(dw.astype(w.dtype), w)
+
+
+def _operands(spec: str) -> tuple[str, str, str]:
+  """The letters of x, of w and of the product."""
+  inputs, out = spec.split("->")
+  x_spec, w_spec = inputs.split(",")
+  return x_spec, w_spec, out
 
 
 _product.defvjp(_product_fwd, _product_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _replayed(spec: str, y: Array, x: Array, w: Array) -> Array:
+def _replayed(spec: str, y: Array, x: Array, w: Matrix) -> Array:
   """y, with the gradient of `_product(spec, x, w)`."""
   del spec, x, w
   return y
 
 
-def _replayed_fwd(spec: str, y: Array, x: Array, w: Array) -> tuple[Array, Any]:
+def _replayed_fwd(
+  spec: str, y: Array, x: Array, w: Matrix
+) -> tuple[Array, Any]:
   del spec
   return y, (x, w)
 
 
-def _replayed_bwd(spec: str, saved: Any, dy: Array) -> tuple[Any, Array, Array]:
+def _replayed_bwd(
+  spec: str, saved: Any, dy: Array
+) -> tuple[None, Array, Array | None]:
   return None, *_product_bwd(spec, saved, dy)
 
 
@@ -146,12 +172,11 @@ class _Parts(NamedTuple):
   b: Array
 
 
-def _parts(spec: str, w: Array, a: Array, b: Array) -> _Parts:
-  inputs, out = spec.split("->")
-  x_spec, w_spec = inputs.split(",")
+def _parts(spec: str, w: Matrix, a: Array, b: Array) -> _Parts:
+  x_spec, w_spec, out = _operands(spec)
   summed = "".join(letter for letter in w_spec if letter in x_spec)
   others = "".join(letter for letter in w_spec if letter not in x_spec)
-  if summed + others != w_spec or "R" in inputs:
+  if summed + others != w_spec or "R" in spec:
     raise ValueError(f"spec {spec!r}: w must be what is summed, then the rest")
   tokens = "".join(letter for letter in x_spec if letter not in summed)
   sizes = w.shape[: len(summed)], w.shape[len(summed) :]
@@ -165,7 +190,7 @@ def _parts(spec: str, w: Array, a: Array, b: Array) -> _Parts:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _adapted(
-  spec: str, scale: float, x: Array, w: Array, a: Array, b: Array
+  spec: str, scale: float, x: Array, w: Matrix, a: Array, b: Array
 ) -> Array:
   parts = _parts(spec, w, a, b)
   h = _product(parts.a_spec, x, parts.a)
@@ -173,22 +198,24 @@ def _adapted(
 
 
 def _adapted_fwd(
-  spec: str, scale: float, x: Array, w: Array, a: Array, b: Array
+  spec: str, scale: float, x: Array, w: Matrix, a: Array, b: Array
 ) -> tuple[Array, Any]:
   return _adapted(spec, scale, x, w, a, b), (x, w, a, b)
 
 
 def _adapted_bwd(
   spec: str, scale: float, saved: Any, dy: Array
-) -> tuple[Array, ...]:
+) -> tuple[Array | None, ...]:
   x, w, a, b = saved
   parts = _parts(spec, w, a, b)
   dx, dw = _product_bwd(spec, (x, w), dy)
   # x @ a is R wide: cheaper to compute again than to keep.
   h = _product(parts.a_spec, x, parts.a)
-  dh, db = _product_bwd(parts.b_spec, (h, parts.b), dy * scale)
-  dx_adapter, da = _product_bwd(parts.a_spec, (x, parts.a), dh)
-  return dx + dx_adapter, dw, da.reshape(a.shape), db.reshape(b.shape)
+  db = _weight_gradient(parts.b_spec, h, parts.b, dy * scale)
+  dh = _input_gradient(parts.b_spec, h, parts.b, dy * scale)
+  da = _weight_gradient(parts.a_spec, x, parts.a, dh)
+  dx += _input_gradient(parts.a_spec, x, parts.a, dh)
+  return dx, dw, da.reshape(a.shape), db.reshape(b.shape)
 
 
 _adapted.defvjp(_adapted_fwd, _adapted_bwd)
@@ -196,7 +223,7 @@ _adapted.defvjp(_adapted_fwd, _adapted_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _adapted_replayed(
-  spec: str, scale: float, y: Array, x: Array, w: Array, a: Array, b: Array
+  spec: str, scale: float, y: Array, x: Array, w: Matrix, a: Array, b: Array
 ) -> Array:
   """y, with the gradient of `_adapted(spec, scale, x, w, a, b)`."""
   del spec, scale, x, w, a, b
@@ -204,7 +231,7 @@ def _adapted_replayed(
 
 
 def _adapted_replayed_fwd(
-  spec: str, scale: float, y: Array, x: Array, w: Array, a: Array, b: Array
+  spec: str, scale: float, y: Array, x: Array, w: Matrix, a: Array, b: Array
 ) -> tuple[Array, Any]:
   del spec, scale
   return y, (x, w, a, b)

@@ -22,6 +22,7 @@ from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.dropout import DropoutKeys, dropout
 from jaxchunk.models.lora import Adapter
+from jaxchunk.models.quantized import Matrix, QuantizedKernel
 from jaxchunk.models.rope import Rope, rope_tables, rotate
 from jaxchunk.models.tape import Tape
 
@@ -35,7 +36,10 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Linear(nnx.Module):
-  """A matrix `kernel [in, out]`, perhaps with a `bias [out]` and an adapter."""
+  """A matrix `kernel [in, out]`, perhaps with a `bias [out]` and an adapter.
+
+  The kernel is quantized if the configuration says so.
+  """
 
   def __init__(
     self,
@@ -51,13 +55,22 @@ class Linear(nnx.Module):
     dtype = jnp.dtype(cfg.param_dtype)
     kernel = jax.random.normal(rngs.params(), (inputs, outputs), dtype)
     kernel = kernel * gain * inputs**-0.5
-    self.kernel = nnx.Param(kernel)
+    self.kernel: nnx.Param[Array] | QuantizedKernel = nnx.Param(kernel)
+    if cfg.quantization is not None:
+      self.kernel = QuantizedKernel(kernel, cfg.quantization)
     self.bias = nnx.data(nnx.Param(jnp.zeros(outputs, dtype)) if bias else None)
     adapter = None
     if cfg.lora is not None and name in cfg.lora.targets:
-      adapter = Adapter(cfg.lora, kernel, rngs)
+      adapter = Adapter(cfg.lora, self.matrix, dtype, rngs)
     self.adapter: Adapter | None = nnx.data(adapter)
     self.name = name
+
+  @property
+  def matrix(self) -> Matrix:
+    """The kernel as it is held; of a stack of layers, all of them."""
+    if isinstance(self.kernel, QuantizedKernel):
+      return self.kernel.matrix
+    return self.kernel[...]
 
   def __call__(
     self,
@@ -80,15 +93,15 @@ class Linear(nnx.Module):
     Returns:
       The product, without the bias.
     """
-    kernel = self.kernel[...].reshape(shape)
+    matrix = self.matrix
     if self.adapter is None:
-      return tape.product(self.name, spec, x, kernel, keep=keep)
-    factor = self.adapter.column_factor(self.kernel[...])
+      return tape.product(self.name, spec, x, matrix.reshape(shape), keep=keep)
+    factor = self.adapter.column_factor(matrix)
     y = tape.adapted_product(
       self.name,
       spec,
       x,
-      kernel,
+      matrix.reshape(shape),
       self.adapter.a[...],
       self.adapter.b[...],
       scale=self.adapter.scale,

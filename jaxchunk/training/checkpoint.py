@@ -333,7 +333,7 @@ def checksums(tree: Any) -> Any:
   def checksum(x: Array) -> Array:
     # Nothing is computed in host memory.
     x = jax.device_put(x, jax.memory.Space.Device)
-    if x.dtype == jnp.bool_:
+    if x.dtype in (jnp.bool_, jnp.uint4):
       x = x.astype(jnp.uint8)
     width = min(x.dtype.itemsize, 4)
     bits = lax.bitcast_convert_type(x, f"uint{8 * width}")

@@ -150,6 +150,11 @@ def validate(config: Config) -> None:
     config.model.validate()
   except ValueError as error:
     raise ConfigError(f"model.{error}") from error
+  if config.model.quantization is not None and config.model.lora is None:
+    raise ConfigError(
+      "model.quantization is set and model.lora is not: quantized matrices "
+      "cannot be trained; set model.lora=LoRA() too, or neither"
+    )
   try:
     data_config.validate(config.data)
   except ValueError as error:

@@ -83,6 +83,7 @@ def _base(cfg: ModelConfig, init_from: str | None, seed: int) -> Transformer:
       dtype=cfg.dtype,
       param_dtype=cfg.param_dtype,
       context_length=cfg.context_length,
+      quantization=cfg.quantization,
     )
   except InteropError as error:
     raise ConfigError(f"train.init_from={init_from!r}: {error}") from error

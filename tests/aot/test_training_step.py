@@ -1,5 +1,6 @@
 """The chunk-wise training step with the Pallas kernels inside, compiled."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,7 +8,10 @@ from flax import nnx
 
 import jaxchunk as jc
 from jaxchunk import targets
+from jaxchunk.chunking.cost import layer_flops_per_token
 from jaxchunk.chunking.memory import state_bytes_per_token
+from jaxchunk.models.lora import LoRA
+from jaxchunk.models.quantized import Quantization
 
 CFG = jc.ModelConfig(
   vocab_size=4096,
@@ -28,10 +32,10 @@ DEVICES = {
 KERNELS = {"pallas_tpu": "tpu_custom_call", "pallas_gpu": "mosaic_gpu_v2"}
 
 
-def compiled(name, capacity, **options):
+def compiled(name, capacity, cfg=CFG, **options):
   implementation, device = DEVICES[name]
   device = device()
-  model = nnx.eval_shape(lambda: jc.Transformer(CFG, rngs=nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: jc.Transformer(cfg, rngs=nnx.Rngs(0)))
   with targets.tracing_for(device):
     lowered = jc.lower_chunked(
       targets.place_on(device, model),
@@ -72,3 +76,25 @@ def test_on_the_host_the_state_takes_no_device_memory(name):
   # The TPU's compiler leaves gaps between the host's buffers.
   most = {"v5p": 1.34, "h200": 1.0}[name]
   assert state <= long.host_temp_size_in_bytes <= most * state
+
+
+@pytest.mark.parametrize("name", ["v5e", "h200"])
+@pytest.mark.parametrize("strategy", ["chunk_outer", "layer_outer"])
+def test_quantized_matrices_are_widened_one_at_a_time(name, strategy):
+  """Four bits a number, and no more beside them than without."""
+  plain = dataclasses.replace(CFG, num_layers=16, lora=LoRA(rank=2))
+  held = dataclasses.replace(plain, quantization=Quantization())
+  memory = {}
+  for cfg in (plain, held):
+    program = compiled(
+      name, 4096, cfg, strategy=strategy, trainable=nnx.LoRAParam
+    )
+    memory[cfg is held] = program.memory_analysis()
+  layer = layer_flops_per_token(dataclasses.replace(CFG, num_layers=1)) // 2
+  saved = (
+    memory[False].argument_size_in_bytes - memory[True].argument_size_in_bytes
+  )
+  # Of 4 bytes a number: 4.25 bits are left.
+  assert saved == pytest.approx(16 * layer * (4 - 4.25 / 8), rel=1e-3)
+  more = memory[True].temp_size_in_bytes - memory[False].temp_size_in_bytes
+  assert more <= 4 * layer

@@ -14,9 +14,10 @@ import jaxchunk as jc
 from jaxchunk.data.tokenizers import ByteTokenizer
 from jaxchunk.interop import safetensors_files
 from jaxchunk.interop.errors import InteropError
-from jaxchunk.models.adapters import add_lora, merge_lora
+from jaxchunk.models.adapters import add_lora, merge_lora, quantize_model
 from jaxchunk.models.families import gemma3, olmo2, phi3, qwen2
 from jaxchunk.models.lora import LoRA
+from jaxchunk.models.quantized import Quantization
 
 pytestmark = pytest.mark.fast
 
@@ -319,3 +320,20 @@ def test_the_text_of_a_larger_model_is_found(folder):
   plain = jc.load_hf(folder)
   _rewrite(folder, longer)
   _assert_same_bits(jc.load_hf(folder), plain)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["phi3", "gemma3"])
+def test_quantized_while_it_is_read(family, kind, tmp_path):
+  """With fused matrices, window patterns, tied heads; and widened on the way
+  back."""
+  model = _model(_CONFIGS[family])
+  jc.save_hf(model, tmp_path / "a")
+  held = Quantization(kind=kind, block=8)
+  loaded = jc.load_hf(tmp_path / "a", quantization=held)
+  _assert_same_bits(loaded, quantize_model(model, held))
+  adapted = add_lora(loaded, LoRA(rank=2))
+  jc.save_hf(adapted, tmp_path / "b")
+  again = jc.load_hf(tmp_path / "b")
+  assert again.cfg.quantization is None
+  _assert_same_bits(again, merge_lora(adapted))

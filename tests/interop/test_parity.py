@@ -58,7 +58,9 @@ def test_logits_are_those_of_transformers(name, tmp_path):
   again = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / "ours", attn_implementation="eager"
   ).eval()
-  np.testing.assert_array_equal(_logits(again, tokens), want)
+  # Where a tensor lies in memory decides how torch adds up.
+  gap = np.abs(_logits(again, tokens) - want).max()
+  assert gap <= _TOLERANCE * np.ptp(want)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3 longrope"])

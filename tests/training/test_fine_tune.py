@@ -10,6 +10,7 @@ from flax import nnx
 import jaxchunk as jc
 from jaxchunk.interop.hugging_face import load_config
 from jaxchunk.models.lora import LoRA
+from jaxchunk.models.quantized import Quantization
 from jaxchunk.training import checkpoint, loop, metrics, report
 from jaxchunk.training.checkpoint import CheckpointError
 from jaxchunk.training.config import ConfigError
@@ -27,8 +28,8 @@ def fixture_folder(config, tmp_path):
   return str(tmp_path / "base")
 
 
-def fine_tuning(config, folder, lora=None):
-  config.model = load_config(folder, lora=lora)
+def fine_tuning(config, folder, lora=None, quantization=None):
+  config.model = load_config(folder, lora=lora, quantization=quantization)
   config.train.init_from = folder
   config.train.num_steps = 4
   config.train.eval_every = 0
@@ -87,10 +88,13 @@ def test_adapters_alone_are_trained_and_saved(
     assert all("adapter" in n for n in large) and len(large) == 3 * 21
 
 
+@pytest.mark.parametrize(
+  "quantization", [None, Quantization(kind="nf4", block=8)], ids=str
+)
 def test_a_run_with_adapters_goes_on_exactly(
-  config, folder, tmp_path, monkeypatch
+  config, folder, tmp_path, monkeypatch, quantization
 ):
-  config = fine_tuning(config, folder, LoRA(rank=2))
+  config = fine_tuning(config, folder, LoRA(rank=2), quantization)
   loop.train(config, tmp_path / "whole")
   launch = loop.launch
 

@@ -44,6 +44,10 @@ class DataConfig:
     heldout_fraction: Share of the documents kept for evaluation, chosen by a
       hash of their text: equal documents fall on the same side.
     seed: Of the shuffle, which is new in every epoch.
+    length_stages: Bounds in tokens, ascending: an epoch first goes through
+      the documents up to the first, then through those up to the second, and
+      at last through the longer ones, shuffled within each stage. Empty is
+      one stage.
     num_epochs: How often to go through the documents; `None` is for ever.
     prefetch: Batches read ahead by a background thread; 0 turns it off.
     cache_dir: Where indexes and trained tokenizers are kept; `None` means
@@ -69,6 +73,7 @@ class DataConfig:
   too_long: Literal["exclude", "truncate"] = "exclude"
   heldout_fraction: float = 0.02
   seed: int = 0
+  length_stages: tuple[int, ...] = ()
   num_epochs: int | None = None
   prefetch: int = 2
   cache_dir: str | None = None
@@ -104,6 +109,12 @@ def validate(config: DataConfig) -> None:
     raise ValueError(f"data.prefetch is {config.prefetch}; 0 turns it off")
   if config.seed < 0:
     raise ValueError(f"data.seed is {config.seed}; it must not be negative")
+  stages = list(config.length_stages)
+  if stages != sorted(set(stages)) or any(bound < 2 for bound in stages):
+    raise ValueError(
+      f"data.length_stages is {config.length_stages!r}; it holds ascending "
+      "lengths of at least 2 tokens"
+    )
   for name in ("format", "train_on", "bad_records", "too_long"):
     value = getattr(config, name)
     known = typing.get_args(typing.get_type_hints(DataConfig)[name])

@@ -21,6 +21,7 @@ from jaxchunk.data.cache import cache_folder
 from jaxchunk.data.chat import Layout, load_template
 from jaxchunk.data.config import DataConfig, validate
 from jaxchunk.data.index import LengthIndex, load_index, read_tokens
+from jaxchunk.data.plan import stage_of
 from jaxchunk.data.sources import Source, load_source
 from jaxchunk.data.split import held_out
 from jaxchunk.data.tokenizers import Tokenizer, load_tokenizer
@@ -194,8 +195,28 @@ def describe(corpus: Corpus) -> str:
   return (
     f"{len(lengths):,} documents, {corpus.index.byte_lengths.sum():,} bytes,"
     f" {lengths.sum():,} tokens; median {median:,.0f}, 99th percentile"
-    f" {tail:,.0f}, longest {lengths.max():,}\n" + corpus.count().table()
+    f" {tail:,.0f}, longest {lengths.max():,}\n"
+    + _describe_stages(corpus)
+    + corpus.count().table()
   )
+
+
+def _describe_stages(corpus: Corpus) -> str:
+  """A line for each stage of lengths, if there are several."""
+  bounds = corpus.config.length_stages
+  if not bounds:
+    return ""
+  kept = corpus.lengths[corpus.reasons == KEPT]
+  stages = stage_of(kept, bounds)
+  lines = []
+  for number, start in enumerate([0, *bounds]):
+    own = kept[stages == number]
+    end = f" to {bounds[number]:,}" if number < len(bounds) else " and more"
+    lines.append(
+      f"stage {number + 1} of {len(bounds) + 1}: {start + 1:,}{end} tokens,"
+      f" {len(own):,} documents, {own.sum():,} tokens\n"
+    )
+  return "".join(lines)
 
 
 def read_examples(corpus: Corpus, documents: Iterable[int]) -> list[Example]:

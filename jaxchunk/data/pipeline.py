@@ -18,7 +18,11 @@ from jaxchunk.data.plan import (
 from jaxchunk.types import Example
 
 _CURSOR_VERSION = 1
-_DEFAULTS = {"too_long": "exclude", "bad_records": "raise"}
+_DEFAULTS = {
+  "too_long": "exclude",
+  "bad_records": "raise",
+  "length_stages": [],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,7 @@ class BatchIterator(grain.DatasetIterator):
         corpus.reasons == KEPT,
         seed=config.seed,
         epoch=self._epoch,
+        stages=config.length_stages,
       )
     plan, start = self._plan, self._place
     end = batch_end(plan, start, config.batch_tokens)
@@ -187,4 +192,5 @@ def _identity(corpus: Corpus) -> dict[str, Any]:
     "max_document_tokens": config.max_document_tokens,
     "too_long": config.too_long,
     "bad_records": config.bad_records,
+    "length_stages": list(config.length_stages),
   }

@@ -6,6 +6,7 @@ those that are excluded are passed over, and counted, where they stand in it.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -53,6 +54,7 @@ def plan_epoch(
   *,
   seed: int,
   epoch: int,
+  stages: Sequence[int] = (),
 ) -> EpochPlan:
   """Lays out one epoch.
 
@@ -61,11 +63,20 @@ def plan_epoch(
     kept: Which documents are trained on; each has 2 tokens or more.
     seed: Of the shuffle.
     epoch: Its number, from 0.
+    stages: Bounds of lengths, as `DataConfig.length_stages`.
   """
   order = shuffled_order(len(lengths), seed=seed, epoch=epoch)
+  order = order[np.argsort(stage_of(lengths[order], stages), kind="stable")]
   positions = np.where(kept, lengths - 1, 0)[order]
   before = np.concatenate([[0], np.cumsum(positions)]).astype(np.int64)
   return EpochPlan(epoch, order, kept[order], before)
+
+
+def stage_of(
+  lengths: Int64[np.ndarray, " documents"], stages: Sequence[int]
+) -> Int64[np.ndarray, " documents"]:
+  """The stage of each document, from 0: the first whose bound it keeps."""
+  return np.searchsorted(np.asarray(stages, np.int64), lengths, "left")
 
 
 def batch_end(plan: EpochPlan, start: int, batch_tokens: int) -> int:

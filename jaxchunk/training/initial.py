@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxchunk.interop.configs import differing_fields
 from jaxchunk.interop.errors import InteropError
-from jaxchunk.interop.hugging_face import load_hf
+from jaxchunk.interop.hugging_face import load_config, load_hf
 from jaxchunk.models.adapters import add_lora, flat_arrays, model_of
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
@@ -87,7 +87,11 @@ def _base(cfg: ModelConfig, init_from: str | None, seed: int) -> Transformer:
     )
   except InteropError as error:
     raise ConfigError(f"train.init_from={init_from!r}: {error}") from error
-  if fields := differing_fields(model.cfg, cfg):
+  fields = differing_fields(model.cfg, cfg)
+  if (cfg.context_length or 0) > (load_config(init_from).context_length or 0):
+    # Stretched to a longer context on purpose.
+    fields = [f for f in fields if not f.startswith(("rope=", "local_rope="))]
+  if fields:
     raise ConfigError(
       f"train.init_from={init_from!r} holds another model than the "
       f"configuration has: {fields}; take model=load_config(path)"

@@ -69,3 +69,21 @@ def test_order_is_a_permutation_new_in_every_epoch_and_fixed_for_ever():
   assert all(sorted(order) == list(range(50)) for order in orders)
   # A cursor of an old run must mean the same for ever: do not change this.
   assert shuffled_order(8, seed=1, epoch=2).tolist() == [7, 5, 6, 1, 4, 3, 0, 2]
+
+
+@pytest.mark.fast
+@given(_CORPORA, st.sets(st.integers(2, 300), max_size=3), st.integers(0, 9))
+def test_stages_go_from_short_to_long_and_lose_nothing(
+  documents, bounds, epoch
+):
+  lengths, kept = (
+    np.asarray(column) for column in zip(*documents, strict=True)
+  )
+  bounds = sorted(bounds)
+  plan = plan_epoch(lengths, kept, seed=0, epoch=epoch, stages=bounds)
+  assert sorted(plan.order) == list(range(len(lengths)))
+  shuffled = shuffled_order(len(lengths), seed=0, epoch=epoch).tolist()
+  stages = [sum(n > bound for bound in bounds) for n in lengths]
+  want = sorted(shuffled, key=lambda d: stages[d])
+  assert plan.order.tolist() == want
+  assert plan.before[-1] == (lengths - 1)[kept].sum()

@@ -1,6 +1,8 @@
 """Runs that begin with published weights, whole or beside adapters."""
 
 import dataclasses
+import pathlib
+import runpy
 
 import jax
 import numpy as np
@@ -9,11 +11,15 @@ from flax import nnx
 
 import jaxchunk as jc
 from jaxchunk.interop.hugging_face import load_config
+from jaxchunk.models.context import extend_context
 from jaxchunk.models.lora import LoRA
 from jaxchunk.models.quantized import Quantization
+from jaxchunk.models.rope import YarnScaling
 from jaxchunk.training import checkpoint, loop, metrics, report
 from jaxchunk.training.checkpoint import CheckpointError
-from jaxchunk.training.config import ConfigError
+from jaxchunk.training.config import ConfigError, validate
+
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -151,9 +157,54 @@ def test_a_folder_with_another_model_is_refused(config, folder, tmp_path):
     loop.train(config, tmp_path / "other")
 
 
+def test_a_context_may_be_stretched(config, folder, tmp_path):
+  config = fine_tuning(config, folder)
+  folder_length = config.model.context_length
+  config.model = extend_context(config.model, 4 * folder_length)
+  config.data.length_stages = (60, 100)
+  loop.train(config, tmp_path / "run")
+  model, _, _ = checkpoint.load_for_inference(tmp_path / "run")
+  assert model.cfg.rope.scaling == YarnScaling(
+    factor=4.0, original_length=folder_length
+  )
+  # As long as the context is that of the folder, it is a mistake.
+  config.model.context_length = folder_length
+  with pytest.raises(ConfigError, match="another model"):
+    loop.train(config, tmp_path / "other")
+
+
 def test_how_a_model_is_used_may_differ(config, folder, tmp_path):
   config = fine_tuning(config, folder)
   config.model.dropout = 0.1
   config.model.context_length = 4096
   loop.train(config, tmp_path / "run")
   assert len(losses(tmp_path / "run")) == 4
+
+
+@pytest.mark.parametrize(
+  "name, arguments",
+  [
+    ("sft", ""),
+    ("lora", ""),
+    ("lora", ",int8"),
+    ("long_context", ",32768"),
+    ("long_context", ",32768,theta"),
+  ],
+)
+def test_configurations_for_a_folder_are_valid(
+  name, arguments, config, folder, tmp_path
+):
+  get_config = runpy.run_path(f"{_ROOT}/configs/{name}.py")["get_config"]
+  if name == "lora" and arguments:
+    # Its smallest matrix has 16 inputs.
+    with pytest.raises(ValueError, match=r"multiple of quantization\.block=64"):
+      validate(get_config(folder + arguments))
+    return
+  made = get_config(folder + arguments)
+  validate(made)
+  assert made.train.init_from == folder
+  wrong = {"lora": ",int5", "long_context": ",12,ntk", "sft": "/nowhere"}
+  with pytest.raises(ValueError, match=r"int5|ntk|config\.json"):
+    get_config(folder + wrong[name])
+  with pytest.raises(ConfigError, match="name the model's folder"):
+    get_config("")

@@ -11,6 +11,7 @@ of the prompt that asks for it, which is checked to be there.
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from jaxchunk.data.cache import read_json
+from jaxchunk.data.cache import atomic_write, read_json, write_json
 from jaxchunk.data.files import hash_parts
 
 Format = Literal["text", "messages", "sharegpt", "prompt_completion"]
@@ -47,6 +48,9 @@ _SHAREGPT = {
   "observation": "tool",
 }
 # No characters of Unicode; a text that has them all the same is refused.
+TEMPLATE = "chat_template.jinja"
+"""Of a template beside a tokenizer."""
+
 _BEGIN, _END = _MARKS = ("\U0010fffe", "\U0010ffff")
 CHATML = (
   "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -123,6 +127,14 @@ class ChatTemplate:
   def fingerprint(self) -> str:
     """Hash of all that decides the text."""
     return hash_parts("chat", self.source, json.dumps(dict(self.tokens)))
+
+  def save(self, folder: str | os.PathLike[str]) -> None:
+    """Writes it beside a tokenizer, where `load_template` finds it."""
+    with atomic_write(Path(folder) / TEMPLATE) as file:
+      file.write(self.source.encode())
+    path = Path(folder) / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    write_json(path, {**self.tokens, **config})
 
   def render(
     self,
@@ -442,7 +454,7 @@ def load_template(spec: str | None, tokenizer: str) -> ChatTemplate:
         "of a jinja2 template, or None for the tokenizer's own"
       )
     return ChatTemplate(path.read_text(encoding="utf-8"), tokens, str(path))
-  path = folder / "chat_template.jinja"
+  path = folder / TEMPLATE
   if path.is_file():
     return ChatTemplate(path.read_text(encoding="utf-8"), tokens, str(path))
   source = config.get("chat_template")

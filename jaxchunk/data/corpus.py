@@ -18,7 +18,7 @@ from jaxchunk.data.accounting import (
 )
 from jaxchunk.data.bpe import SPECIALS
 from jaxchunk.data.cache import cache_folder
-from jaxchunk.data.chat import Layout, load_template
+from jaxchunk.data.chat import ChatTemplate, Layout, load_template
 from jaxchunk.data.config import DataConfig, validate
 from jaxchunk.data.index import LengthIndex, load_index, read_tokens
 from jaxchunk.data.plan import stage_of
@@ -42,6 +42,7 @@ class Corpus:
     lengths: Tokens of each document that are used, BOS and EOS included,
       `[documents]`; less than the index has where documents are truncated.
     targets: How many of those are trained on, `[documents]`.
+    template: The chat template of conversations.
   """
 
   config: DataConfig
@@ -51,6 +52,7 @@ class Corpus:
   reasons: Int8[np.ndarray, " documents"]
   lengths: Int64[np.ndarray, " documents"]
   targets: Int64[np.ndarray, " documents"]
+  template: ChatTemplate | None = None
 
   @functools.cached_property
   def byte_lengths(self) -> Int64[np.ndarray, " documents"]:
@@ -139,6 +141,7 @@ def open_corpus(
     _exclusion_reasons(index, config, targets),
     lengths,
     targets,
+    None if layout is None else layout.template,
   )
   whole = corpus.count()
   if whole.trained == 0:

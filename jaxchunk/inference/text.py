@@ -1,8 +1,9 @@
 """Between text and tokens: prompts in, a stream of whole characters out."""
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
@@ -108,6 +109,7 @@ def continue_text(
   chunk_size: int,
   seed: int = 0,
   bos: bool = True,
+  ends: Collection[int] = (),
 ) -> tuple[Iterator[str], Clock]:
   """Checks and compiles everything, then gives the text as it comes.
 
@@ -120,6 +122,7 @@ def continue_text(
     chunk_size: C, prompt tokens that run at a time.
     seed: Of the sampler.
     bos: Put the BOS token first, if the tokenizer has one.
+    ends: Ids of other tokens that end the text.
 
   Returns:
     Pieces of text, without the prompt, and the clock of their tokens, which
@@ -145,5 +148,6 @@ def continue_text(
     sampler=sampler,
     chunk_size=chunk_size,
   )
+  tokens = itertools.takewhile(lambda token: token not in ends, tokens)
   clock = Clock(len(ids))
   return stream_text(clock.watch(tokens), tokenizer), clock

@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 from jaxtyping import Num
 
 from jaxchunk.data.cache import read_json, write_json
+from jaxchunk.data.chat import TEMPLATE
 from jaxchunk.data.tokenizers import Tokenizer
 from jaxchunk.interop import safetensors_files as files
 from jaxchunk.interop.architectures import (
@@ -51,7 +52,7 @@ _KEPT_FILES = (
   "added_tokens.json",
   "vocab.json",
   "merges.txt",
-  "chat_template.jinja",
+  TEMPLATE,
   "generation_config.json",
 )
 

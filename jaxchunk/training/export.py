@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
-from jaxchunk.data.chat import load_template
+from jaxchunk.data.chat import TEMPLATE
 from jaxchunk.data.tokenizers import Tokenizer, load_tokenizer
 from jaxchunk.interop.hugging_face import save_hf
 from jaxchunk.interop.peft import save_peft
@@ -54,10 +55,8 @@ def export_run(
     dtype=dtype,
     overwrite=overwrite,
   )
-  template = values["data"].get("chat_template")
-  if template is not None:
-    source = load_template(template, folder).source
-    (Path(output) / "chat_template.jinja").write_text(source, encoding="utf-8")
+  if (template := Path(folder) / TEMPLATE).is_file():
+    shutil.copyfile(template, Path(output) / TEMPLATE)
   return f"Model of step {step}: {output}"
 
 

@@ -118,6 +118,8 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     step = 0
     with write_errors(workdir):
       corpus.tokenizer.save(workdir / checkpoint.TOKENIZER)
+      if corpus.template is not None:
+        corpus.template.save(workdir / checkpoint.TOKENIZER)
   else:
     params, state, step = restored.params, restored.optimizer, restored.step
     frozen = initial.frozen_parameters(

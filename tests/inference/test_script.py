@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxchunk.data.chat import ChatTemplate
 from jaxchunk.data.config import DataConfig
 from jaxchunk.data.tokenizers import ByteTokenizer
 from jaxchunk.models.config import ModelConfig
@@ -21,6 +22,10 @@ from jaxchunk.training.config import Config, to_json
 from jaxchunk.training.initial import abstract_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
+
+
+_TEMPLATE = """{% for m in messages %}{{ m.role }}:{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}4{% endif %}"""
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +56,7 @@ def workdir(tmp_path_factory):
         meta={"config": to_json(config)},
       )
   ByteTokenizer().save(folder / checkpoint.TOKENIZER)
+  ChatTemplate(_TEMPLATE).save(folder / checkpoint.TOKENIZER)
   return folder
 
 
@@ -62,6 +68,14 @@ CASES = {
     "max_new_tokens": 5,
   },
   "no run": {"workdir": "nowhere", "prompt": "a"},
+  "chat": {
+    "chat": True,
+    "prompt": "12",
+    "system": "0",
+    "temperature": 0,
+    "max_new_tokens": 3,
+  },
+  "system alone": {"prompt": "a", "system": "0"},
   "bad number": {"temperature": -1, "prompt": "a"},
 }
 
@@ -94,10 +108,19 @@ def test_text_goes_on_to_the_last_token(results):
   assert re.search(rf"(^|\n)\n{speed}\n$", done.stderr)
 
 
+def test_a_chat_is_laid_out_by_the_template(results):
+  done = results["chat"]
+  # The model counts up from the template's last character.
+  assert (done.stdout, done.returncode) == ("567", 0), done.stderr
+  turns = len("system:0\nuser:12\n4")
+  assert f"prefill: {turns} tokens" in done.stderr
+
+
 @pytest.mark.parametrize(
   ("case", "message"),
   [
     ("no run", "/nowhere has no folder 'checkpoints'"),
+    ("system alone", "--system goes with --chat"),
     ("bad number", "temperature=-1.0 must be 0"),
   ],
 )

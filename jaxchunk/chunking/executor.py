@@ -358,7 +358,7 @@ def loss_sum(
   Raises:
     ValueError: An argument is out of range, or a token not in the vocabulary.
   """
-  options = make_options(model, chunk_size=chunk_size, trainable=nnx.Param)
+  options = make_options(model, chunk_size=chunk_size)
   plan, lanes = _plan_lanes(model, examples, options.chunk_size)
   wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
   total = jax.device_put(np.zeros((), wide), data_sharding(model))
@@ -406,7 +406,7 @@ def _per_sequence(
   chunk_size: int,
 ) -> list[Any]:
   """What a program gives for every token, cut into sequences."""
-  options = make_options(model, chunk_size=chunk_size, trainable=nnx.Param)
+  options = make_options(model, chunk_size=chunk_size)
   plan, lanes = _plan_lanes(model, examples, options.chunk_size)
   running = [
     program(model, lane, num_chunks, options=options)

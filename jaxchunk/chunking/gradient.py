@@ -23,6 +23,7 @@ from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.memory import MemorySpace
 from jaxchunk.chunking.ops import Keep
 from jaxchunk.chunking.spaco import SpaCO
+from jaxchunk.chunking.trainable import check_trainable
 from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.types import Batch
@@ -92,6 +93,7 @@ def chunked_value_and_grad(
   Raises:
     ValueError: The batch is malformed or an argument out of range.
   """
+  check_trainable(model, trainable)
   examples = Batch.of(batch).examples()
   options = make_options(
     model,
@@ -176,6 +178,7 @@ def lower_chunked(
   Raises:
     ValueError: An argument is out of range.
   """
+  check_trainable(model, trainable)
   if not isinstance(capacity, int | np.integer) or capacity < 1:
     raise ValueError(f"capacity={capacity!r} must be a positive integer")
   options = make_options(

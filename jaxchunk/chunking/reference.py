@@ -10,7 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxchunk.chunking.gradient import SequenceLoss
-from jaxchunk.chunking.trainable import Subset, Trainable, widened
+from jaxchunk.chunking.trainable import (
+  Subset,
+  Trainable,
+  check_trainable,
+  widened,
+)
 from jaxchunk.kernels.cross_entropy.api import linear_cross_entropy
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.types import Batch, check_vocabulary
@@ -45,6 +50,7 @@ def full_value_and_grad(
   Raises:
     ValueError: The batch is malformed.
   """
+  check_trainable(model, trainable)
   batch = Batch.of(batch)
   check_vocabulary(batch.examples(), model.cfg.vocab_size)
   selected = Trainable.of(model, trainable)

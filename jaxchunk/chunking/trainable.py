@@ -10,13 +10,26 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxchunk.models.quantized import QuantizedParam
 from jaxchunk.models.transformer import Transformer
 
 
 def widened(a: Array) -> Array:
   """In at least fp32, so that its gradient is too."""
   return a.astype(jnp.promote_types(a.dtype, jnp.float32))
+
+
+def check_trainable(model: Transformer, trainable: Any) -> None:
+  """Refuses to train all of a model that is quantized.
+
+  Raises:
+    ValueError: `trainable` is `None`, and there are quantized matrices.
+  """
+  if trainable is None and model.cfg.quantization is not None:
+    raise ValueError(
+      "trainable=None means all parameters, and the model's matrices are "
+      "quantized, which cannot be trained; add_lora and train the adapters, "
+      "trainable=nnx.LoRAParam"
+    )
 
 
 class Subset(NamedTuple):
@@ -68,8 +81,7 @@ class Trainable:
       The selection.
 
     Raises:
-      ValueError: Nothing is chosen, or what cannot be trained, or a path is
-        not in the model.
+      ValueError: Nothing is chosen, or a path is not in the model.
     """
     paths = tuple(nnx.to_flat_state(nnx.state(model)).paths)
     if isinstance(trainable, nnx.State):
@@ -82,12 +94,6 @@ class Trainable:
     else:
       kind = nnx.Param if trainable is None else trainable
       wanted = set(nnx.to_flat_state(nnx.state(model, kind)).paths)
-    held = set(nnx.to_flat_state(nnx.state(model, QuantizedParam)).paths)
-    if wanted & held or (held and trainable is None):
-      raise ValueError(
-        f"trainable={trainable!r} names quantized matrices, which cannot be "
-        "trained; add_lora and train the adapters, trainable=nnx.LoRAParam"
-      )
     if not wanted:
       raise ValueError(
         f"trainable={trainable!r} chooses no parameter of the model"

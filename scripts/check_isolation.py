@@ -53,6 +53,7 @@ def ways_of(config: Config, model: Transformer) -> dict[str, Options]:
     live_chunks=train.live_chunks,
     strategy=strategy_of(train),
     kv_memory=train.kv_memory,
+    implementation=train.implementation,
   )
   ways = {f"this config: {own.strategy}, K={own.live_chunks}": own}
   for live in (0, 2):

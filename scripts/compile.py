@@ -42,9 +42,10 @@ def main(argv: list[str]) -> None:
       raise ConfigError(
         "data.max_document_tokens=None: name the longest sequence, --longest=N"
       )
-  except ConfigError as error:
+    target = targets.target(_TARGET.value)
+    print(f"Compiled for one {target.device.device_kind}.")
+  except (ConfigError, RuntimeError) as error:
     sys.exit(f"compile.py: {error}")
-  target = targets.target(_TARGET.value)
   limit, worst = fits.limit(target), 0
   for name, size in fits.kept_bytes(config).items():
     print(f"{name:24} {size / _GIB:8.2f} GiB")

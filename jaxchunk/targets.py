@@ -40,18 +40,15 @@ _GPU_INFO = """
   compile_time_toolkit_version: "13.0.0"
   dnn_version: "9.12.0"
 """
-_H200 = """
+_HOPPER = """
   shared_memory_per_core: 233472
   shared_memory_per_block_optin: 232448
   threads_per_core_limit: 2048
   core_count: 132
-  memory_bandwidth: 4800000000000
-  device_memory_size: 151397597184
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
   ecc_enabled: true
   cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  name: "NVIDIA H200"
   platform_version: "Compute Capability 9.0a"
 """
 _RTX4090 = """
@@ -59,12 +56,9 @@ _RTX4090 = """
   shared_memory_per_block_optin: 101376
   threads_per_core_limit: 1536
   core_count: 128
-  memory_bandwidth: 1008000000000
-  device_memory_size: 25757220864
   l2_cache_size: 75497472
   clock_rate_ghz: 2.52
   cuda_compute_capability { major: 8 minor: 9 }
-  name: "NVIDIA GeForce RTX 4090"
   platform_version: "Compute Capability 8.9"
 """
 
@@ -76,10 +70,12 @@ class Target:
   Attributes:
     kind: As jax calls it.
     platform: "gpu" or "tpu".
-    memory: Bytes on a device.
+    memory: Bytes on a device, as CUDA counts them or as the compiler of a TPU
+      allows a program.
     implementation: The kernels of attention written for it, or "xla".
     topology: Of a TPU, the smallest slice.
     description: Of a GPU, what the compiler asks about it.
+    bandwidth: Of a GPU, in bytes a second.
   """
 
   kind: str
@@ -88,6 +84,7 @@ class Target:
   implementation: Literal["xla", "pallas_tpu", "pallas_gpu"]
   topology: str = ""
   description: str = ""
+  bandwidth: int = 0
 
   @property
   def device(self) -> jax.Device:
@@ -102,22 +99,28 @@ class Target:
 
 
 def _tpu(kind: str, gib: float, topology: str) -> Target:
-  """A TPU with the memory that its compiler allows a program."""
-  return Target(kind, "tpu", int(gib * 2**30), "pallas_tpu", topology)
+  memory = int(gib * 2**30)
+  return Target(kind, "tpu", memory, "pallas_tpu", topology)
+
+
+def _gpu(
+  kind: str, gib: float, implementation: Any, description: str, gb_per_s: int
+) -> Target:
+  return Target(
+    kind,
+    "gpu",
+    int(gib * 2**30),
+    implementation,
+    description=description,
+    bandwidth=gb_per_s * 10**9,
+  )
 
 
 TARGETS: Mapping[str, Target] = types.MappingProxyType(
   {
-    "h200": Target(
-      "NVIDIA H200", "gpu", 151_397_597_184, "pallas_gpu", description=_H200
-    ),
-    "rtx4090": Target(
-      "NVIDIA GeForce RTX 4090",
-      "gpu",
-      25_757_220_864,
-      "xla",
-      description=_RTX4090,
-    ),
+    "h100": _gpu("NVIDIA H100 80GB HBM3", 79.1, "pallas_gpu", _HOPPER, 3352),
+    "h200": _gpu("NVIDIA H200", 139.8, "pallas_gpu", _HOPPER, 4800),
+    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", 23.5, "xla", _RTX4090, 1008),
     "v5e": _tpu("TPU v5 lite", 15.75, "v5e:2x2"),
     "v5p": _tpu("TPU v5", 95.74, "v5p:2x2x1"),
     "v6e": _tpu("TPU v6 lite", 31.25, "v6e:2x2"),
@@ -169,7 +172,7 @@ def gpu(name: str = "h200", count: int = 1) -> tuple[jax.Device, ...]:
   """NVIDIA GPUs of one host that need not be there.
 
   Args:
-    name: Of `TARGETS`, "h200" or "rtx4090".
+    name: Of `TARGETS`, such as "h200" or "rtx4090".
     count: How many.
 
   Returns:
@@ -192,7 +195,13 @@ def _gpus(target: Target, count: int) -> tuple[jax.Device, ...]:
     platform="cuda",
     topology_name="",
     target_config=f"""
-      gpu_device_info {{ {_GPU_INFO} {target.description} }}
+      gpu_device_info {{
+        {_GPU_INFO}
+        {target.description}
+        name: "{target.kind}"
+        device_memory_size: {target.memory}
+        memory_bandwidth: {target.bandwidth}
+      }}
       platform_name: "CUDA"
       dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
       device_description_str: "{target.kind}"

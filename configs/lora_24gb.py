@@ -4,14 +4,12 @@ Command:  python scripts/train.py --config=configs/lora_24gb.py:MODEL
             --workdir=DIR --config.data.source=talk.jsonl
           where MODEL is a folder in the format of Hugging Face. Conversations
           of more than 64k tokens are left out and counted. Set
-          XLA_PYTHON_CLIENT_MEM_FRACTION=0.97 and, in place of 64 GB, what the
-          machine can spare: XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=40.
-Hardware: One GPU of 24 GB (an RTX 4090 has 23.99 GiB; 23.27 without 3% for the
-          runtime) whose screen is on another. Compiled for Llama 3.1 8B, at
-          its peak:
-            64k   00.0 GiB, and 24.0 GiB of host memory
+          XLA_PYTHON_CLIENT_MEM_FRACTION=0.97.
+Hardware: One GPU of 24 GB (CUDA counts 23.5 GiB; 22.8 without the 3% left to
+          the runtime). Compiled for Llama 3.1 8B and an RTX 4090, at its peak:
+            64k   19.1 GiB, and 24.0 GiB of host memory
           Longer conversations take more of the host alone: 384 KiB a token.
-Expected: Not run on hardware yet. The figures above are printed by
+Expected: Not run on hardware yet. The figures are those of
           python scripts/compile.py --config=configs/lora_24gb.py:MODEL
             --target=rtx4090
 """
@@ -54,7 +52,7 @@ def get_config(model: str = "") -> Config:
     train=TrainConfig(
       init_from=folder,
       num_steps=1000,
-      chunk_size=2048,
+      chunk_size=1024,
       # The matrices leave room for a chunk, not for what grows with a sequence.
       kv_memory="host",
       learning_rate=2e-4,

@@ -6,16 +6,17 @@ Command:  python scripts/train.py --config=configs/sft_h200.py:MODEL,128k
           or 512k the longest conversation; longer ones are left out and
           counted. Set XLA_PYTHON_CLIENT_MEM_FRACTION=0.97, and for 512k
           XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=240.
-Hardware: One H200 (141 GiB; 136.77 without 3% for the runtime). Compiled for
-          Llama 3.1 8B, at its peak:
-            32k   00.0 GiB
-            128k  00.0 GiB
-            512k  00.0 GiB, and 192.0 GiB of host memory
-          and host memory for a checkpoint while it is written, 30.2 GiB.
-Expected: Not run on hardware yet. The figures above are printed by
+Hardware: One H200 (139.8 GiB; 135.6 without the 3% left to the runtime).
+          Compiled for Llama 3.1 8B, at its peak:
+            32k   70.8 GiB
+            128k  96.8 GiB
+            512k  84.0 GiB, and 192.0 GiB of host memory
+          A checkpoint is copied to 30.2 GiB of host memory while it is written.
+Expected: Not run on hardware yet. The figures are those of
           python scripts/compile.py --config=configs/sft_h200.py:MODEL,128k
-          Beyond the context that the model was made for, its rotary embedding
-          is what `model.rope` says.
+            --target=h200
+          A sequence beyond the context that the model was made for has the
+          positions that `model.rope` gives it.
 """
 
 from pathlib import Path

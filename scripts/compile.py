@@ -10,6 +10,7 @@ there meanwhile; exits with 1 if one does not fit. Needs the extra `aot`.
 
 import sys
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> None:
       raise ConfigError(
         "data.max_document_tokens=None: name the longest sequence, --longest=N"
       )
+    # Nothing runs; a device that is there is not touched.
+    jax.config.update("jax_platforms", "cpu")
     target = targets.target(_TARGET.value)
     print(f"Compiled for one {target.device.device_kind}.")
   except (ConfigError, RuntimeError) as error:

@@ -95,7 +95,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
   the documents are the same. Metrics are cut back last, by the caller, when
   nothing can fail any more.
   """
-  _check_kernels(config.train.implementation, jax.local_devices()[0])
+  check_kernels(config.train.implementation, jax.local_devices()[0])
   graphdef, shapes, _ = initial.abstract_model(config.model)
   tx = optimizer.make_optimizer(config.train)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -171,8 +171,12 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
   )
 
 
-def _check_kernels(implementation: Backend | None, device: jax.Device) -> None:
+def check_kernels(implementation: Backend | None, device: jax.Device) -> None:
   """Refuses kernels that are for another kind of device.
+
+  Args:
+    implementation: As `train.implementation`.
+    device: Where a run would be.
 
   Raises:
     ConfigError: They are.

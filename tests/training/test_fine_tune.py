@@ -1,6 +1,8 @@
 """Runs that begin with published weights, whole or beside adapters."""
 
 import dataclasses
+import importlib.util
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -54,6 +56,26 @@ def test_a_run_begins_with_the_weights_of_the_folder(config, folder, tmp_path):
   want = arrays_of(jc.load_hf(folder))
   for path, value in arrays_of(model).items():
     np.testing.assert_array_equal(value.get_value(), want[path].get_value())
+
+
+@pytest.mark.parametrize(
+  ("recipe", "ending"), [("sft_h200", ",512k"), ("lora_24gb", "")]
+)
+def test_recipes_run(config, folder, tmp_path, recipe, ending):
+  """On a small model and its data; without kernels, there being no GPU."""
+  path = Path(__file__).parents[2] / "configs" / f"{recipe}.py"
+  spec = importlib.util.spec_from_file_location(recipe, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  run = module.get_config(f"{folder}{ending}")
+  assert run.train.kv_memory == "host"
+  run.data = config.data
+  run.train.implementation = None
+  run.train.chunk_size = 64
+  run.train.num_steps, run.train.warmup_steps = 2, 1
+  result = loop.train(run, tmp_path / "run")
+  assert result.step == 2 and result.heldout_bits_per_byte is not None
+  assert np.isfinite(losses(tmp_path / "run")).all()
 
 
 def test_adapters_alone_are_trained_and_saved(

@@ -285,7 +285,7 @@ def test_kernels_for_another_device(config, tmp_path, implementation):
 def test_kernels_reach_training_and_evaluation(config, tmp_path, monkeypatch):
   config.train.implementation = "pallas_gpu"
   config.train.num_steps = config.train.eval_every = 2
-  monkeypatch.setattr(run_lib, "_check_kernels", lambda *_: None)
+  monkeypatch.setattr(run_lib, "check_kernels", lambda *_: None)
   state_of, asked = executor.state_of, []
 
   def spied(cfg, window, chunk_size, grad_dtype, implementation, *rest):

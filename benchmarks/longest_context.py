@@ -204,10 +204,9 @@ def longest(
   if at_short.refused or at_short.device > limit:
     why = f"a lane of {short:,} tokens needs {at_short.device / _GIB:.1f} GiB"
     return {"why_not": why}
-  # Bounded, because counts of tokens are.
-  top = max(min(below(room, row.chunk), 2**24), 2 * short)
+  top = max(below(room, row.chunk), 2 * short)
   at_top = compiler.lane(row, top)
-  while at_top.refused or (at_top.device > limit and top > 2 * short):
+  while top > 2 * short and (at_top.refused or at_top.device > limit):
     top //= 2
     at_top = compiler.lane(row, top)
   slope = (at_top.device - at_short.device) / (top - short)
@@ -227,7 +226,8 @@ def longest(
     top *= 2
     more = compiler.lane(row, top)
     if more.refused is None and more.device <= limit:
-      powers, found["device_gib"] = top, more.device / _GIB
+      powers, found["compiled_tokens"] = top, top
+      found["device_gib"] = more.device / _GIB
   return found | {"tokens": int(exact), "in_powers": powers}
 
 
@@ -303,7 +303,7 @@ def main(_: list[str]) -> None:
     "limit_gib": {
       name: fits.limit(targets.target(name)) / _GIB for name in _TARGETS
     },
-    "rows": lines,
+    "rows": {line.pop("row"): line for line in map(dict, lines)},
   }
   figures = rounded(figures)
   if _PICTURE.value:

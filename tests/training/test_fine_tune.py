@@ -71,7 +71,7 @@ def test_recipes_run(config, folder, tmp_path, recipe, ending):
   assert run.train.kv_memory == "host"
   run.data = config.data
   run.train.implementation = None
-  run.train.chunk_size = 64
+  run.train.chunk_size = 128
   run.train.num_steps, run.train.warmup_steps = 2, 1
   result = loop.train(run, tmp_path / "run")
   assert result.step == 2 and result.heldout_bits_per_byte is not None

@@ -136,7 +136,7 @@ class Compiler:
 
   def update(self, row: Row) -> fits.Need:
     """Of the update, which knows no chunks."""
-    name = f"{row.target}/{row.model}/{row.training}"
+    name = f"{row.target}/{row.model}/{row.training}/update"
     return self._need(name, fits.update_need, row.config, row.target)
 
   def _need(self, name: str, function: Any, config: Any, *rest: Any) -> Any:

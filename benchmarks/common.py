@@ -104,19 +104,22 @@ def run_contestant(
 def record(
   name: str,
   figures: Mapping[str, Any],
-  device: str,
+  device: str | None,
   packages: Sequence[str],
 ) -> pathlib.Path:
   """Writes figures with device, date and versions into benchmarks/results/.
+
+  Without a device, what was compiled and not run.
 
   Returns:
     The JSON file; pictures go beside it under the same stem.
   """
   folder = pathlib.Path(__file__).parent / "results"
   folder.mkdir(exist_ok=True)
-  path = folder / f"{name}_{device.lower().replace(' ', '_')}.json"
+  suffix = "" if device is None else f"_{device.lower().replace(' ', '_')}"
+  path = folder / f"{name}{suffix}.json"
   head = {
-    "device": device,
+    "device": device or "none: compiled",
     "date": datetime.date.today().isoformat(),
     "versions": {package: version(package) for package in packages},
   }

@@ -20,6 +20,7 @@ from jaxchunk.evaluation import isolation
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.training.config import Config, ConfigError, strategy_of, validate
 from jaxchunk.training.flags import parse_flags
+from jaxchunk.training.run import check_kernels
 
 _CONFIG = config_flags.DEFINE_config_file("config")
 _PACKINGS = flags.DEFINE_integer("packings", 20, "Of each way.", lower_bound=1)
@@ -53,6 +54,7 @@ def ways_of(config: Config, model: Transformer) -> dict[str, Options]:
     live_chunks=train.live_chunks,
     strategy=strategy_of(train),
     kv_memory=train.kv_memory,
+    implementation=train.implementation,
   )
   ways = {f"this config: {own.strategy}, K={own.live_chunks}": own}
   for live in (0, 2):
@@ -71,6 +73,7 @@ def main(argv: list[str]) -> None:
     sys.exit(f"check_isolation.py: {argv[1]!r} is not a flag")
   try:
     validate(_CONFIG.value)
+    check_kernels(_CONFIG.value.train.implementation, jax.local_devices()[0])
   except ConfigError as error:
     sys.exit(f"check_isolation.py: {error}")
   config = shrunk(_CONFIG.value)

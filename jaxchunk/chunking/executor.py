@@ -343,7 +343,12 @@ def warm_up(
 
 
 def loss_sum(
-  model: Transformer, examples: Sequence[Example], *, chunk_size: int
+  model: Transformer,
+  examples: Sequence[Example],
+  *,
+  chunk_size: int,
+  implementation: Backend | None = None,
+  kv_memory: MemorySpace = "device",
 ) -> Float[Array, ""]:
   """`sum(weights * nll)` over sequences, forward only; see `accumulate`.
 
@@ -351,6 +356,8 @@ def loss_sum(
     model: The model.
     examples: Sequences of any length.
     chunk_size: C, tokens per chunk.
+    implementation: Of attention, as `make_options`.
+    kv_memory: Where keys and values are, likewise.
 
   Returns:
     The sum, a scalar on device.
@@ -358,7 +365,12 @@ def loss_sum(
   Raises:
     ValueError: An argument is out of range, or a token not in the vocabulary.
   """
-  options = make_options(model, chunk_size=chunk_size)
+  options = make_options(
+    model,
+    chunk_size=chunk_size,
+    implementation=implementation,
+    kv_memory=kv_memory,
+  )
   plan, lanes = _plan_lanes(model, examples, options.chunk_size)
   wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
   total = jax.device_put(np.zeros((), wide), data_sharding(model))

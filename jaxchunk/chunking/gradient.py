@@ -192,17 +192,7 @@ def lower_chunked(
     implementation=implementation,
     kv_memory=kv_memory,
   )
-  sharding = data_sharding(model)
-
-  def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-  chunks = capacity_chunks(-(-int(capacity) // options.chunk_size))
-  row = (1, chunks * options.chunk_size)
-  wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
-  fields = [field.name for field in dataclasses.fields(Lane)]
-  rows: Any = {name: abstract(row, jnp.int32) for name in fields}
-  rows["weights"] = abstract(row, wide)
+  lane, number = abstract_lane(model, capacity, options.chunk_size)
   model = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(
       a.shape, a.dtype, sharding=getattr(a, "sharding", None)
@@ -220,16 +210,39 @@ def lower_chunked(
     )
     if mine
   ]
-  loss = abstract((), wide)
+  wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+  sharding = number.sharding
+  loss = jax.ShapeDtypeStruct((), wide, sharding=sharding)
   rng = None
   if isinstance(options.strategy, SpaCO):
     key = jax.eval_shape(lambda: jax.random.key(0))
-    rng = abstract(key.shape, key.dtype)
+    rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
   return lane_program.lower(
-    model,
-    Lane(**rows),
-    abstract((), jnp.int32),
-    (loss, grads),
-    rng,
-    options=options,
+    model, lane, number, (loss, grads), rng, options=options
   )
+
+
+def abstract_lane(
+  model: Transformer, capacity: int, chunk_size: int
+) -> tuple[Lane, jax.ShapeDtypeStruct]:
+  """What a program is given beside the model, as shapes where the model is.
+
+  Args:
+    model: The model, real or abstract.
+    capacity: Tokens; rounded up to a power of two of chunks.
+    chunk_size: C.
+
+  Returns:
+    The lane, and the number of its chunks in use.
+  """
+  sharding = data_sharding(model)
+  chunks = capacity_chunks(-(-int(capacity) // chunk_size))
+  row = (1, chunks * chunk_size)
+  wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+  rows: Any = {
+    field.name: jax.ShapeDtypeStruct(
+      row, wide if field.name == "weights" else jnp.int32, sharding=sharding
+    )
+    for field in dataclasses.fields(Lane)
+  }
+  return Lane(**rows), jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)

@@ -12,6 +12,7 @@ Source: block-wise quantization as in Dettmers et al., 8-bit optimizers
 (arXiv 2110.02861), with a power in place of their table.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,11 @@ class Adam8bitState(NamedTuple):
 
 
 def scale_by_adam_8bit(
-  b1: float, b2: float, eps: float
+  b1: float,
+  b2: float,
+  eps: float,
+  *,
+  large: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
   """`optax.scale_by_adam` with moments of 8 bits.
 
@@ -60,13 +65,18 @@ def scale_by_adam_8bit(
     b1: Decay of the first moment.
     b2: Decay of the second moment.
     eps: Added to the root of the second moment.
+    large: From parameters to which of them are matrices: a stack of vectors
+      looks like one. `None` is all with two axes.
   """
 
   def init(params: Any) -> Adam8bitState:
+    which = jax.tree.map(lambda _: True, params)
+    if large is not None:
+      which = large(params)
     return Adam8bitState(
       jnp.zeros((), jnp.int32),
-      jax.tree.map(lambda p: _zeros(p, jnp.int8), params),
-      jax.tree.map(lambda p: _zeros(p, jnp.uint8), params),
+      jax.tree.map(lambda p, w: _zeros(p, jnp.int8, w), params, which),
+      jax.tree.map(lambda p, w: _zeros(p, jnp.uint8, w), params, which),
     )
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -97,12 +107,12 @@ def scale_by_adam_8bit(
 
 
 def is_quantized(shape: tuple[int, ...]) -> bool:
-  """Whether the moments of such an array have 8 bits; of one layer's, if so."""
+  """Whether the moments of such a matrix, or stack of them, have 8 bits."""
   return len(shape) >= 2 and shape[-1] * shape[-2] >= _LEAST
 
 
-def _zeros(param: Array, dtype: Any) -> Moment | Array:
-  if not is_quantized(param.shape):
+def _zeros(param: Array, dtype: Any, is_large: bool) -> Moment | Array:
+  if not (is_large and is_quantized(param.shape)):
     return jnp.zeros(param.shape, jnp.float32)
   *rows, n = param.shape
   scales = jnp.zeros((*rows, -(-n // _BLOCK)), jnp.float32)

@@ -1,9 +1,10 @@
-"""How an update is applied: at once, or by layer from a state in host memory.
+"""How an update is applied: at once, or by layer.
 
-By layer, the layers of a stack go through a loop: each brings its own part of
-the optimizer's state to the device and takes it back, so that the device holds
-no more than a layer's, and what is not stacked (embeddings) whole. Only
-optimizers that update each layer of each array by itself can be run so.
+By layer, the layers of a stack go through a loop, so that what an update needs
+besides is a layer's, and whole only of what is not stacked (embeddings). Of a
+state in host memory each layer brings its own part to the device and takes it
+back. Only optimizers that update each layer of each array by itself can be run
+so.
 """
 
 from collections.abc import Callable
@@ -68,7 +69,7 @@ def apply_at_once(optimizer: optax.GradientTransformation) -> Apply:
 def apply_by_layer(
   optimizer: optax.GradientTransformation, stacks: str
 ) -> Apply:
-  """The update of a state that is, in part, in host memory.
+  """The update of one layer after the other; the state may be on the host.
 
   Args:
     optimizer: Updates each layer of each array by itself.

@@ -17,6 +17,7 @@ from jaxchunk.chunking.memory import MemorySpace, Strategy
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data import config as data_config
 from jaxchunk.data.config import DataConfig
+from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.config import ModelConfig
 
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "muon"]
@@ -51,6 +52,8 @@ class TrainConfig:
       (`jaxchunk.SpaCO`); `None` runs all and is exact.
     kv_memory: "host" keeps keys, values and their gradients in host memory
       and brings them to the device a chunk at a time (chunk-outer only).
+    implementation: Of attention: "xla" (what `None` means), which runs
+      everywhere, or the kernels "pallas_tpu" or "pallas_gpu" (Hopper).
     optimizer_memory: "host" keeps the optimizer's state of matrices and
       embeddings in host memory and brings it to the device a layer at a time
       (not Adafactor's).
@@ -87,6 +90,7 @@ class TrainConfig:
   strategy: Strategy | None = None
   spaco_rate: float | None = None
   kv_memory: MemorySpace = "device"
+  implementation: Backend | None = None
   optimizer_memory: MemorySpace = "device"
   stochastic_rounding: bool = False
   optimizer: OptimizerName = "adamw"

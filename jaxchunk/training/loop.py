@@ -359,10 +359,17 @@ def heldout_bits_per_byte(run: Run) -> float:
   In bits, summed over tokens and divided by the documents' bytes, so that it
   can be compared between tokenizers.
   """
-  model, size = run.model, run.config.train.chunk_size
+  model, train = run.model, run.config.train
   groups = split_by_tokens(run.heldout, run.config.data.batch_tokens)
   losses = [
-    executor.loss_sum(model, group, chunk_size=size) for group in groups
+    executor.loss_sum(
+      model,
+      group,
+      chunk_size=train.chunk_size,
+      implementation=train.implementation,
+      kv_memory=train.kv_memory,
+    )
+    for group in groups
   ]
   nats = sum(map(float, jax.device_get(losses)))
   lengths = run.corpus.byte_lengths

@@ -112,6 +112,9 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
   def is_matrix(params: Params) -> Any:
     return jax.tree.map(lambda kind: kind == "matrix", kinds(params))
 
+  def is_large(params: Params) -> Any:
+    return jax.tree.map(lambda kind: kind != "vector", kinds(params))
+
   if train.optimizer == "muon":
     return optax.contrib.muon(
       rate,
@@ -131,7 +134,7 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
   else:
     numbers = (train.beta1, train.beta2, train.epsilon)
     if train.optimizer == "adamw8bit":
-      scale = scale_by_adam_8bit(*numbers)
+      scale = scale_by_adam_8bit(*numbers, large=is_large)
     else:
       scale = optax.scale_by_adam(*numbers)
   return optax.chain(
@@ -204,7 +207,9 @@ def make_update(
   optimizer = make_optimizer(train)
   rate = learning_rate_schedule(train)
   apply = apply_at_once(optimizer)
-  if train.optimizer_memory == "host":
+  # Between codes of 8 bits and new ones lie several arrays in fp32, which a
+  # TPU's compiler does not fuse; at once they would be those of all layers.
+  if train.optimizer_memory == "host" or train.optimizer == "adamw8bit":
     apply = apply_by_layer(optimizer, _STACKS)
 
   @functools.partial(

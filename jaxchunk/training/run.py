@@ -26,6 +26,7 @@ from jaxchunk.data.corpus import (
 )
 from jaxchunk.data.pipeline import training_batches
 from jaxchunk.data.tokenizers import load_tokenizer
+from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.rope import LongRopeScaling
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.training import checkpoint, info, initial, optimizer, schedule
@@ -94,6 +95,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
   the documents are the same. Metrics are cut back last, by the caller, when
   nothing can fail any more.
   """
+  check_kernels(config.train.implementation, jax.local_devices()[0])
   graphdef, shapes, _ = initial.abstract_model(config.model)
   tx = optimizer.make_optimizer(config.train)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -159,6 +161,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       strategy=config_lib.strategy_of(config.train),
       trainable=initial.trainable(config.model),
       kv_memory=config.train.kv_memory,
+      implementation=config.train.implementation,
     ),
     update=optimizer.make_update(config.train, places),
     key=jax.device_put(jax.random.key(config.train.seed), device),
@@ -168,6 +171,28 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     state=state,
     step=step,
   )
+
+
+def check_kernels(implementation: Backend | None, device: jax.Device) -> None:
+  """Refuses kernels that are for another kind of device.
+
+  Args:
+    implementation: As `train.implementation`.
+    device: Where a run would be.
+
+  Raises:
+    ConfigError: They are.
+  """
+  wanted = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}.get(implementation or "")
+  fits = wanted in (None, device.platform)
+  if wanted == "gpu" and fits:
+    # Later generations have other instructions for products.
+    fits = device.compute_capability == "9.0"
+  if not fits:
+    raise ConfigError(
+      f"train.implementation={implementation!r} does not run on "
+      f"{device.device_kind}; leave it at None"
+    )
 
 
 def _open(config: Config, workdir: Path, restored: Restored | None) -> Corpus:

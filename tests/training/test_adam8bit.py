@@ -113,8 +113,13 @@ def test_small_updates_count_in_bf16(memory):
       stochastic_rounding=stochastic,
       optimizer_memory=memory,
     )
+    # As many scales as make a matrix of 8 bits, which they are not.
+    stack = {
+      "w": jnp.ones((2, 64, 64), jnp.bfloat16),
+      "norm": {"scale": jnp.ones((2, 2048), jnp.bfloat16)},
+    }
     params = {
-      "blocks": {0: {"w": jnp.ones((2, 64, 64), jnp.bfloat16)}},
+      "blocks": {0: stack},
       "embed": jnp.ones((64, 64), jnp.bfloat16),
     }
     tx = optimizer.make_optimizer(train)

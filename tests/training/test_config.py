@@ -38,6 +38,33 @@ def test_every_config_file_is_valid_and_says_how_to_run_it(path, tmp_path):
 
 
 @pytest.mark.parametrize(
+  ("ending", "length", "memory"),
+  [
+    ("", 32_768, "device"),
+    (",128k", 131_072, "device"),
+    (",512k", 524_288, "host"),
+    # Part of the folder's name.
+    (",2", 32_768, "device"),
+  ],
+)
+def test_a_recipe_for_several_lengths(tmp_path, ending, length, memory):
+  folder = tmp_path / f"model{ending if ending == ',2' else ''}"
+  folder.mkdir()
+  values = config_to_hf(PRESETS["llama3.1-8b"])
+  (folder / "config.json").write_text(json.dumps(values))
+  path = ROOT / "configs" / "sft_h200.py"
+  spec = importlib.util.spec_from_file_location("a_config", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(f"{tmp_path / 'model'}{ending}")
+  config_lib.validate(config)
+  assert config.train.init_from == str(folder)
+  assert config.data.max_document_tokens == length
+  assert config.train.kv_memory == memory
+  assert length % config.train.chunk_size == 0
+
+
+@pytest.mark.parametrize(
   ("section", "field", "value"),
   [
     ("train", "num_steps", 0),
@@ -49,6 +76,7 @@ def test_every_config_file_is_valid_and_says_how_to_run_it(path, tmp_path):
     ("train", "optimizer", "sgd"),
     ("train", "schedule", "linear"),
     ("train", "strategy", "inner"),
+    ("train", "implementation", "cuda"),
     ("train", "spaco_rate", 0.0),
     ("train", "spaco_rate", 1.5),
     ("train", "warmup_steps", 9),

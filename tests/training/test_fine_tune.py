@@ -1,8 +1,8 @@
 """Runs that begin with published weights, whole or beside adapters."""
 
 import dataclasses
-import pathlib
 import runpy
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from jaxchunk.training import checkpoint, loop, metrics, report
 from jaxchunk.training.checkpoint import CheckpointError
 from jaxchunk.training.config import ConfigError, validate
 
-_ROOT = pathlib.Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +43,10 @@ def fine_tuning(config, folder, lora=None, quantization=None):
   return config
 
 
+def get_config_of(name):
+  return runpy.run_path(str(_ROOT / "configs" / f"{name}.py"))["get_config"]
+
+
 def arrays_of(model, kind=nnx.Param):
   return dict(nnx.to_flat_state(nnx.state(model, kind)))
 
@@ -61,6 +65,22 @@ def test_a_run_begins_with_the_weights_of_the_folder(config, folder, tmp_path):
   want = arrays_of(jc.load_hf(folder))
   for path, value in arrays_of(model).items():
     np.testing.assert_array_equal(value.get_value(), want[path].get_value())
+
+
+@pytest.mark.parametrize(
+  ("recipe", "ending"), [("sft_h200", ",512k"), ("lora_24gb", "")]
+)
+def test_recipes_run(config, folder, tmp_path, recipe, ending):
+  """On a small model and its data; without kernels, there being no GPU."""
+  run = get_config_of(recipe)(f"{folder}{ending}")
+  assert run.train.kv_memory == "host"
+  run.data = config.data
+  run.train.implementation = None
+  run.train.chunk_size = 128
+  run.train.num_steps, run.train.warmup_steps = 2, 1
+  result = loop.train(run, tmp_path / "run")
+  assert result.step == 2 and result.heldout_bits_per_byte is not None
+  assert np.isfinite(losses(tmp_path / "run")).all()
 
 
 def test_adapters_alone_are_trained_and_saved(
@@ -194,7 +214,7 @@ def test_how_a_model_is_used_may_differ(config, folder, tmp_path):
 def test_configurations_for_a_folder_are_valid(
   name, arguments, config, folder, tmp_path
 ):
-  get_config = runpy.run_path(f"{_ROOT}/configs/{name}.py")["get_config"]
+  get_config = get_config_of(name)
   if name == "lora" and arguments:
     # Its smallest matrix has 16 inputs.
     with pytest.raises(ValueError, match=r"multiple of quantization\.block=64"):

@@ -15,6 +15,7 @@ from jaxchunk.chunking import executor
 from jaxchunk.chunking.executor import Sums
 from jaxchunk.chunking.plan import chunk_plan
 from jaxchunk.training import breakdown, checkpoint, loop, metrics, report
+from jaxchunk.training import run as run_lib
 from jaxchunk.training.config import ConfigError
 
 
@@ -272,6 +273,28 @@ def test_the_vocabulary_must_hold_the_tokenizer(config, tmp_path):
   config.model.vocab_size = 200
   with pytest.raises(ConfigError, match=r"vocab_size=200 is less than the 259"):
     loop.train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_kernels_for_another_device(config, tmp_path, implementation):
+  config.train.implementation = implementation
+  with pytest.raises(ConfigError, match=f"implementation='{implementation}'"):
+    loop.train(config, tmp_path / "run")
+
+
+def test_kernels_reach_training_and_evaluation(config, tmp_path, monkeypatch):
+  config.train.implementation = "pallas_gpu"
+  config.train.num_steps = config.train.eval_every = 2
+  monkeypatch.setattr(run_lib, "check_kernels", lambda *_: None)
+  state_of, asked = executor.state_of, []
+
+  def spied(cfg, window, chunk_size, grad_dtype, implementation, *rest):
+    asked.append((implementation, *rest))
+    return state_of(cfg, window, chunk_size, grad_dtype, "xla", *rest)
+
+  monkeypatch.setattr(executor, "state_of", spied)
+  loop.train(config, tmp_path / "run")
+  assert set(asked) == {("pallas_gpu", "device")} and len(asked) >= 2
 
 
 def test_data_that_cannot_be_opened(config, tmp_path):

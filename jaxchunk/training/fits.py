@@ -1,0 +1,284 @@
+"""Whether a run fits on a device that need not be there.
+
+The programs of a run are compiled for the device, and the compiler says what
+memory each takes. To that is added what lies on the device meanwhile: the
+optimizer's state while a lane runs, the frozen parameters during an update.
+Nothing is allocated and nothing runs; see `jaxchunk.targets`.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxchunk.chunking.executor import loss_program, make_options
+from jaxchunk.chunking.gradient import abstract_lane, lower_chunked
+from jaxchunk.chunking.lanes import capacity_chunks
+from jaxchunk.models.transformer import Transformer
+from jaxchunk.targets import Target, tracing_for
+from jaxchunk.training import checkpoint, initial, optimizer
+from jaxchunk.training.config import Config, TrainConfig, strategy_of
+
+RESERVE = 0.03
+"""Share of a device's memory that the runtime keeps for itself."""
+
+Shapes = Any
+"""A pytree of `jax.ShapeDtypeStruct`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+  """The memory of a run while one of its programs is running.
+
+  Attributes:
+    program: Which.
+    device: Bytes on the device, with all that lies there meanwhile.
+    host: Bytes of host memory, likewise.
+    refused: What the compiler said if it gave up; `device` is then at least
+      what it named.
+  """
+
+  program: str
+  device: int
+  host: int
+  refused: str | None = None
+
+
+def limit(target: Target) -> int:
+  """Bytes on a device that a run may take."""
+  return int((1 - RESERVE) * target.memory)
+
+
+def kept_bytes(config: Config) -> dict[str, int]:
+  """Bytes by what a run keeps from step to step, wherever that is.
+
+  Args:
+    config: The run.
+
+  Returns:
+    Bytes of `"parameters"` (trained and frozen), `"gradients"` and
+    `"optimizer"`.
+  """
+  _, params, frozen = _parameters(config)
+  return {
+    "parameters": _bytes((params, frozen)),
+    "gradients": _bytes(_gradients(params)),
+    "optimizer": _bytes(_state(config.train, params)),
+  }
+
+
+def optimizer_bytes(config: Config) -> tuple[int, int]:
+  """Bytes of the optimizer's state on the device, and in host memory."""
+  state = _state(config.train, _parameters(config)[1])
+  total = _bytes(state)
+  if config.train.optimizer_memory == "device":
+    return total, 0
+  kinds = jax.tree.leaves(optimizer.kinds(state))
+  leaves = zip(kinds, jax.tree.leaves(state), strict=True)
+  small = _bytes([leaf for kind, leaf in leaves if kind == "vector"])
+  return small, total - small
+
+
+def needs(config: Config, target: Target, longest: int) -> Iterator[Need]:
+  """What every program of a run needs, the largest lanes first.
+
+  Args:
+    config: The run.
+    target: What to compile for.
+    longest: Of the sequences to come, in tokens.
+
+  Yields:
+    The need of a lane of each capacity, from that of the longest sequence
+    downwards, of the longest evaluation, and of the update.
+
+  Raises:
+    RuntimeError: What compiles for the target is not installed.
+  """
+  train = config.train
+  capacity = _capacity(longest, train.chunk_size)
+  while capacity >= train.chunk_size:
+    yield lane_need(config, target, capacity)
+    capacity //= 2
+  if train.eval_every:
+    heldout = min(longest, train.eval_tokens)
+    capacity = _capacity(heldout, train.chunk_size)
+    yield evaluation_need(config, target, capacity)
+  yield update_need(config, target)
+
+
+def _capacity(tokens: int, chunk_size: int) -> int:
+  """Of the lane that holds so many tokens."""
+  return capacity_chunks(-(-tokens // chunk_size)) * chunk_size
+
+
+def lane_need(config: Config, target: Target, capacity: int) -> Need:
+  """Of loss and gradients of a lane, as `executor.accumulate` runs it.
+
+  Args:
+    config: The run.
+    target: What to compile for.
+    capacity: Of the lane, in tokens; rounded up to a power of two of chunks.
+  """
+  train, place = config.train, _place(target)
+  with tracing_for(target.device):
+    lowered = lower_chunked(
+      _model(config, place),
+      capacity=capacity,
+      chunk_size=train.chunk_size,
+      live_chunks=train.live_chunks,
+      strategy=strategy_of(train),
+      trainable=initial.trainable(config.model),
+      implementation=train.implementation,
+      kv_memory=train.kv_memory,
+    )
+  program = f"lane of {capacity:,} tokens"
+  return _need(program, lowered, *optimizer_bytes(config))
+
+
+def evaluation_need(config: Config, target: Target, capacity: int) -> Need:
+  """Of the loss of held-out sequences, as `executor.loss_sum` runs it."""
+  train, place = config.train, _place(target)
+  model = _model(config, place)
+  options = make_options(
+    model,
+    chunk_size=train.chunk_size,
+    implementation=train.implementation,
+    kv_memory=train.kv_memory,
+  )
+  lane, number = abstract_lane(model, capacity, train.chunk_size)
+  total = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
+  with tracing_for(target.device):
+    lowered = loss_program.lower(model, lane, number, total, options=options)
+  program = f"evaluation of {capacity:,} tokens"
+  return _need(program, lowered, *optimizer_bytes(config))
+
+
+def update_need(config: Config, target: Target) -> Need:
+  """Of the optimizer's update, as the training loop runs it."""
+  train, place = config.train, _place(target)
+  _, params, frozen = _parameters(config)
+  params = checkpoint.target_like(params, place)
+  state, grads = _state(train, params), _gradients(params)
+  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
+  on_host = train.optimizer_memory == "host"
+  update: Any
+  with tracing_for(target.device):
+    if on_host and target.platform == "gpu":
+      # Compiling alone, a GPU has no arguments in host memory.
+      update = _updates_from_nothing(train, state)
+      lowered = update.lower(params, scalar, scalar, grads)
+    else:
+      places = optimizer.state_shardings(train, state, place)
+      state = jax.tree.map(checkpoint.target_like, state, places)
+      update = optimizer.make_update(train, places)
+      lowered = update.lower(params, state, scalar, scalar, grads)
+  return _need("update", lowered, _bytes(frozen), 0)
+
+
+def _updates_from_nothing(train: TrainConfig, shapes: Shapes) -> Any:
+  """An update whose state begins, in part in host memory, inside of it.
+
+  A loop of unknown length around it keeps the state where it is.
+  """
+  update = optimizer.make_update(train)
+
+  def begin(kind: str, x: Any) -> Any:
+    if kind == "vector":
+      return jnp.zeros(x.shape, x.dtype)
+    scalar = jax.device_put(jnp.zeros((), x.dtype), jax.memory.Space.Host)
+    return lax.broadcast(scalar, x.shape)
+
+  def run(params: Any, loss: Any, weight: Any, grads: Any) -> Any:
+    def step(_: Any, carry: Any) -> Any:
+      params, state = carry
+      return update(params, state, loss, weight, grads)[:2]
+
+    state = jax.tree.map(begin, optimizer.kinds(shapes), shapes)
+    steps = weight.astype(jnp.int32)
+    return lax.fori_loop(0, steps, step, (params, state))[0]
+
+  return jax.jit(run, donate_argnums=0)
+
+
+def _need(
+  program: str, lowered: jax.stages.Lowered, device: int, host: int
+) -> Need:
+  """Compiles; adds what lies on the device and the host beside the program."""
+  try:
+    memory: Any = lowered.compile().memory_analysis()
+  except jax.errors.JaxRuntimeError as error:
+    text = str(error).partition("\n")[0]
+    found = re.search(r"(?:Used |temporaries \()([\d.]+)G", text)
+    if found is None:
+      raise
+    arguments = _bytes(lowered.in_avals)
+    least = int(float(found[1]) * 2**30) + arguments
+    return Need(program, device + least, host, refused=text)
+  return Need(
+    program,
+    device
+    + memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.generated_code_size_in_bytes,
+    host
+    + memory.host_argument_size_in_bytes
+    + memory.host_output_size_in_bytes
+    - memory.host_alias_size_in_bytes
+    + memory.host_temp_size_in_bytes,
+  )
+
+
+def _place(target: Target) -> jax.sharding.Sharding:
+  mesh = Mesh(np.array([target.device]), ("data",))
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def _parameters(config: Config) -> tuple[Any, Shapes, Shapes]:
+  """The model's structure, what is trained and what is frozen."""
+  graphdef, params, frozen = initial.abstract_model(config.model)
+  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+
+
+def _model(config: Config, place: jax.sharding.Sharding) -> Transformer:
+  """The model as shapes on a device."""
+  graphdef, *parts = _parameters(config)
+  states = (nnx.State(checkpoint.target_like(part, place)) for part in parts)
+  model: Transformer = nnx.merge(graphdef, *states)
+  return model
+
+
+def _gradients(params: Shapes) -> Shapes:
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, jnp.promote_types(x.dtype, jnp.float32), sharding=x.sharding
+    ),
+    params,
+  )
+
+
+def _state(train: TrainConfig, params: Shapes) -> Shapes:
+  """The optimizer's state, on no device in particular."""
+  init = functools.partial(
+    optimizer.init_state, optimizer.make_optimizer(train)
+  )
+  return jax.eval_shape(init, params)
+
+
+def _bytes(tree: Shapes) -> int:
+  leaves = jax.tree.leaves(tree)
+  return sum(x.size * x.dtype.itemsize // _in_a_byte(x.dtype) for x in leaves)
+
+
+def _in_a_byte(dtype: Any) -> int:
+  """How many numbers share one, on a device."""
+  return 2 if dtype == jnp.uint4 else 1

@@ -1,0 +1,87 @@
+"""What a run needs by the compiler's account, here that of the CPU."""
+
+import dataclasses
+import types
+
+import jax
+import pytest
+
+from jaxchunk.models.lora import LoRA
+from jaxchunk.training import fits
+
+TARGET = types.SimpleNamespace(
+  device=jax.devices("cpu")[0], platform="cpu", memory=1000
+)
+
+
+def size(cfg):
+  """Parameters of the model of `make_config`, one key head, tied."""
+  D, F, H, N = cfg.d_model, cfg.d_ff, cfg.head_dim, cfg.num_heads
+  layer = 2 * D + 2 * D * N * H + 2 * D * H + 3 * D * F
+  return cfg.vocab_size * D + cfg.num_layers * layer + D
+
+
+def test_what_a_run_keeps(config):
+  count = size(config.model)
+  kept = fits.kept_bytes(config)
+  # The state also counts updates, in five numbers.
+  assert kept == {
+    "parameters": 4 * count,
+    "gradients": 4 * count,
+    "optimizer": 8 * count + 4 * 5,
+  }
+  assert fits.optimizer_bytes(config) == (kept["optimizer"], 0)
+  config.train.optimizer_memory = "host"
+  device, host = fits.optimizer_bytes(config)
+  # Norms stay.
+  norms = 2 * 4 * 5 * config.model.d_model
+  assert (device, host) == (norms + 20, 8 * count - norms)
+
+
+def test_every_program_is_counted_with_all_that_lies_there(config):
+  needs = list(fits.needs(config, TARGET, 200))
+  assert [need.program for need in needs] == [
+    "lane of 256 tokens",
+    "lane of 128 tokens",
+    "lane of 64 tokens",
+    "evaluation of 256 tokens",
+    "update",
+  ]
+  kept = fits.kept_bytes(config)
+  for need in needs:
+    all_kept = sum(kept.values())
+    if need.program.startswith("evaluation"):
+      all_kept -= kept["gradients"]
+    # What only the program needs: more for a longer lane, little else.
+    assert all_kept < need.device < all_kept + 2**22
+    assert need.host == 0 and need.refused is None
+  assert needs[0].device > needs[1].device > needs[2].device
+
+
+def test_frozen_parameters_count_during_an_update(config):
+  config.model = dataclasses.replace(config.model, lora=LoRA(rank=2))
+  kept = fits.kept_bytes(config)
+  assert kept["parameters"] - kept["gradients"] == 4 * size(config.model)
+  need = fits.update_need(config, TARGET)
+  assert need.device >= sum(kept.values())
+
+
+def test_what_the_compiler_refuses_is_told_with_its_size():
+  class Lowered:
+    in_avals = (jax.ShapeDtypeStruct((3,), "float32"),)
+
+    def compile(self):
+      raise jax.errors.JaxRuntimeError(self.text)
+
+  lowered = Lowered()
+  lowered.text = "RESOURCE_EXHAUSTED: HLO temporaries (1.5G) exceeds\nmore"
+  need = fits._need("x", lowered, 100, 7)
+  assert need.device == 100 + 12 + 3 * 2**29 and need.host == 7
+  assert need.refused == lowered.text.partition("\n")[0]
+  lowered.text = "INTERNAL: something else"
+  with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+    fits._need("x", lowered, 0, 0)
+
+
+def test_the_runtime_keeps_a_part():
+  assert fits.limit(TARGET) == 970

@@ -3,8 +3,9 @@
 Command:  python scripts/train.py --config=configs/long_context.py:MODEL,LENGTH
             --workdir=DIR --config.data.source=documents.jsonl
           where MODEL is a folder in the format of Hugging Face and LENGTH a
-          number of tokens. MODEL,LENGTH,METHOD chooses how the rotary
-          embedding is stretched: yarn (the default), linear or theta.
+          number of tokens, by default four times what the model was made for.
+          MODEL,LENGTH,METHOD chooses how the rotary embedding is stretched:
+          yarn (the default), linear or theta.
 Hardware: Parameters in bf16 and moments of a byte, 8 bytes a parameter with
           the gradient: a model of 8B on one device of 80 GB or more.
 Expected: An epoch goes from short documents to long ones, so that the first
@@ -14,7 +15,9 @@ Expected: An epoch goes from short documents to long ones, so that the first
           (scripts/evaluate.py shows it by position).
 """
 
+import re
 from pathlib import Path
+from typing import Any
 
 from jaxchunk.data.config import DataConfig
 from jaxchunk.interop.hugging_face import load_config
@@ -29,17 +32,18 @@ from jaxchunk.training.config import (
 
 def get_config(model: str = "") -> Config:
   """The configuration for a folder and a length."""
-  path, _, rest = model.partition(",")
-  length, _, method = rest.partition(",")
-  if not path or not length.isdecimal():
+  parts = re.fullmatch(r"(.*?)(?:,(\d+))?(?:,(yarn|linear|theta))?", model)
+  if parts is None or not parts[1]:
     raise ConfigError(
       "name the model's folder and the new context length in tokens: "
       "--config=configs/long_context.py:MODEL,131072"
     )
-  folder = str(Path(path).expanduser().resolve())
+  folder = str(Path(parts[1]).expanduser().resolve())
   published = load_config(folder, param_dtype="bfloat16")
+  length = int(parts[2] or 4 * (published.context_length or 8192))
   try:
-    stretched = extend_context(published, int(length), method=method or "yarn")
+    method: Any = parts[3] or "yarn"
+    stretched = extend_context(published, length, method=method)
   except ValueError as error:
     raise ConfigError(f"configs/long_context.py:{model}: {error}") from error
   return Config(
@@ -47,8 +51,8 @@ def get_config(model: str = "") -> Config:
     data=DataConfig(
       source="documents.jsonl",
       tokenizer=folder,
-      batch_tokens=max(4 * int(length), 262_144),
-      max_document_tokens=int(length),
+      batch_tokens=max(4 * length, 262_144),
+      max_document_tokens=length,
       length_stages=(published.context_length or 8192,),
       heldout_fraction=0.02,
     ),
@@ -61,7 +65,7 @@ def get_config(model: str = "") -> Config:
       learning_rate=1e-5,
       warmup_steps=20,
       eval_every=50,
-      eval_tokens=4 * int(length),
+      eval_tokens=4 * length,
     ),
     checkpoint=CheckpointConfig(save_every=100, keep_last=2),
   )

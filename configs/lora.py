@@ -13,7 +13,9 @@ Expected: No gradients are computed for the model's own matrices. Checkpoints
           scripts/export.py.
 """
 
+import re
 from pathlib import Path
+from typing import Any
 
 from jaxchunk.data.config import DataConfig
 from jaxchunk.interop.hugging_face import load_config
@@ -29,14 +31,12 @@ from jaxchunk.training.config import (
 
 def get_config(model: str = "") -> Config:
   """The configuration for a folder, perhaps with how to hold its matrices."""
-  path, _, kind = model.partition(",")
-  if not path:
+  parts = re.fullmatch(r"(.*?)(?:,(nf4|int8))?", model)
+  if parts is None or not parts[1]:
     raise ConfigError("name the model's folder: --config=configs/lora.py:MODEL")
-  folder = str(Path(path).expanduser().resolve())
-  try:
-    quantization = Quantization(kind=kind) if kind else None
-  except ValueError as error:
-    raise ConfigError(f"configs/lora.py:{model}: {error}") from error
+  folder = str(Path(parts[1]).expanduser().resolve())
+  kind: Any = parts[2]
+  quantization = Quantization(kind=kind) if kind else None
   return Config(
     model=load_config(
       folder, lora=LoRA(rank=16, alpha=32.0), quantization=quantization

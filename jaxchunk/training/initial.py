@@ -69,7 +69,7 @@ def frozen_parameters(
   if cfg.lora is None:
     return {}
   base = _base(cfg, init_from, seed)
-  return nnx.to_pure_dict(nnx.state(base, nnx.Param))
+  return nnx.to_pure_dict(nnx.state(base))
 
 
 def _base(cfg: ModelConfig, init_from: str | None, seed: int) -> Transformer:

@@ -227,4 +227,4 @@ def test_configurations_for_a_folder_are_valid(
   with pytest.raises(ValueError, match=r"int5|ntk|config\.json"):
     get_config(folder + wrong[name])
   with pytest.raises(ConfigError, match="name the model's folder"):
-    get_config("")
+    get_config()

@@ -39,8 +39,8 @@ class _Visitors(NamedTuple):
 class KVContext(KVPrefix):
   """Keys and values of every P-th token: attention over all of an axis.
 
-  To be used inside `jax.shard_map`, on lanes dealt out by `striped`. Memory
-  per token, as of `KVPrefix`, is divided by P.
+  To be used inside `jax.shard_map`, on lanes in `context.device_order` of a
+  "striped" scheme. Memory per token, as of `KVPrefix`, is divided by P.
 
   Attributes:
     axis: Of the mesh.
@@ -162,14 +162,3 @@ class KVContext(KVPrefix):
     mean = jnp.sum(weights[..., None] * o.astype(lse.dtype), 0)
     whole = (mean / safe[..., None]).astype(o.dtype)
     return whole, jnp.where(some, top[0] + jnp.log(safe), -jnp.inf)
-
-
-def striped(a: Array, devices: int) -> Array:
-  """Rows `[B,S]` so that device n's part holds the tokens n, n + P, ..."""
-  batch, length = a.shape
-  if length % devices:
-    raise ValueError(
-      f"{length} tokens cannot be dealt out to {devices} devices evenly; pad "
-      f"to {-(-length // devices) * devices}"
-    )
-  return a.reshape(batch, -1, devices).swapaxes(1, 2).reshape(batch, length)

@@ -197,7 +197,33 @@ def lane_program(
     ValueError: The strategy draws chunks and there is no key.
   """
   stage = options.stage(model.cfg)
-  capacity = lane.tokens.shape[1] // options.chunk_size
+  return lane_gradient(stage, options, model, lane, num_chunks, totals, rng)
+
+
+def lane_gradient(
+  stage: Stage,
+  options: Options,
+  model: Transformer,
+  lane: Lane,
+  num_chunks: Array,
+  totals: tuple[Array, list[Array]],
+  rng: PRNGKeyArray | None,
+) -> tuple[Array, list[Array]]:
+  """`lane_program` on a device that may have a part of each chunk.
+
+  Args:
+    stage: Of the part.
+    options: Of the whole.
+    model: The parameters.
+    lane: Tokens, in the order of this device.
+    num_chunks: How many chunks are in use.
+    totals: Loss and gradients so far.
+    rng: As in `accumulate`.
+
+  Raises:
+    ValueError: The strategy draws chunks and there is no key.
+  """
+  capacity = lane.tokens.shape[1] // stage.chunk_size
   if isinstance(options.strategy, SpaCO):
     if rng is None:
       raise ValueError(
@@ -258,16 +284,19 @@ def _zero_totals(
   Left free to move, the first totals of a batch would have every program
   compiled once more.
   """
-  totals = _make_totals(model, trainable=trainable)
+  totals = _make_totals(model, trainable)
   return jax.device_put(totals, data_sharding(model))
 
 
-@functools.partial(jax.jit, static_argnames=("trainable",))
-def _make_totals(
-  model: Transformer, *, trainable: Trainable
+def zero_totals(
+  model: Transformer, trainable: Trainable
 ) -> tuple[Array, list[Array]]:
+  """Loss and gradients of nothing."""
   loss = jnp.zeros((), jnp.promote_types(model.cfg.dtype, jnp.float32))
   return loss, trainable.zeros(model)
+
+
+_make_totals = jax.jit(zero_totals, static_argnums=1)
 
 
 def accumulate(
@@ -296,12 +325,12 @@ def accumulate(
   Raises:
     ValueError: A token is not in the vocabulary, or `SpaCO` has no key.
   """
-  plan, lanes = _plan_lanes(model, examples, options.chunk_size)
+  plan, lanes = plan_lanes(model, examples, options.chunk_size)
   totals = _zero_totals(model, trainable=options.trainable)
   for lane, num_chunks in place_lanes(model, lanes, plan):
     totals = lane_program(model, lane, num_chunks, totals, rng, options=options)
   loss, grads = totals
-  return Sums(loss, _weight(examples), options.trainable.state(grads), plan)
+  return Sums(loss, weight_of(examples), options.trainable.state(grads), plan)
 
 
 def warm_up(
@@ -328,7 +357,7 @@ def warm_up(
   """
   token = np.zeros(1, np.int32)
   example = Example(token, token, np.zeros(1, np.float32))
-  plan, lanes = _plan_lanes(model, [example], options.chunk_size)
+  plan, lanes = plan_lanes(model, [example], options.chunk_size)
   totals = _zero_totals(model, trainable=options.trainable)
   top = capacity_chunks(-(-longest // options.chunk_size))
   capacities = [1 << n for n in range(top.bit_length())]
@@ -371,7 +400,7 @@ def loss_sum(
     implementation=implementation,
     kv_memory=kv_memory,
   )
-  plan, lanes = _plan_lanes(model, examples, options.chunk_size)
+  plan, lanes = plan_lanes(model, examples, options.chunk_size)
   wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
   total = jax.device_put(np.zeros((), wide), data_sharding(model))
   for lane, num_chunks in place_lanes(model, lanes, plan):
@@ -419,7 +448,7 @@ def _per_sequence(
 ) -> list[Any]:
   """What a program gives for every token, cut into sequences."""
   options = make_options(model, chunk_size=chunk_size)
-  plan, lanes = _plan_lanes(model, examples, options.chunk_size)
+  plan, lanes = plan_lanes(model, examples, options.chunk_size)
   running = [
     program(model, lane, num_chunks, options=options)
     for lane, num_chunks in place_lanes(model, lanes, plan)
@@ -433,15 +462,21 @@ def _per_sequence(
   return [found[n] for n in range(len(examples))]
 
 
-def _plan_lanes(
+def plan_lanes(
   model: Transformer, examples: Sequence[Example], chunk_size: int
 ) -> tuple[ChunkPlan, list[LaneArrays]]:
+  """How sequences are cut into chunks, and the lanes that hold them.
+
+  Raises:
+    ValueError: A token is not in the vocabulary.
+  """
   check_vocabulary(examples, model.cfg.vocab_size)
   plan = chunk_plan([len(e) for e in examples], chunk_size)
   return plan, pack_lanes(examples, plan)
 
 
-def _weight(examples: Sequence[Example]) -> float:
+def weight_of(examples: Sequence[Example]) -> float:
+  """`sum(weights)` of all tokens."""
   return float(sum(e.weights.sum(dtype=np.float64) for e in examples))
 
 

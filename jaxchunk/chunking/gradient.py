@@ -22,10 +22,12 @@ from jaxchunk.chunking.executor import (
 from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.memory import MemorySpace
 from jaxchunk.chunking.ops import Keep
+from jaxchunk.chunking.parallel import accumulate_over
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.chunking.trainable import check_trainable
 from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.transformer import Transformer
+from jaxchunk.sharding.mesh import Layout
 from jaxchunk.types import Batch
 
 # A loss of sequences: from `sum(weights * nll)` and `sum(weights)` of each
@@ -49,6 +51,7 @@ def chunked_value_and_grad(
   grad_dtype: str | None = None,
   implementation: Backend | None = None,
   kv_memory: MemorySpace = "device",
+  layout: Layout | None = None,
 ) -> tuple[Float[Array, ""], nnx.State]:
   """Loss and gradients of a batch, exactly, in the memory of a chunk.
 
@@ -84,6 +87,9 @@ def chunked_value_and_grad(
     kv_memory: "host" keeps keys, values and their gradients in host memory
       and brings those of one chunk at a time to the device ("chunk_outer"
       only): memory on the device does not grow with the sequence.
+    layout: Devices to run on, `Layout(data=4, context=2)`: groups with lanes
+      of their own, and devices that share each sequence. `None` is where the
+      model is.
 
   Returns:
     `(loss, grads)`: the scalar `sum(weights * nll) / sum(weights)` (or
@@ -92,6 +98,7 @@ def chunked_value_and_grad(
 
   Raises:
     ValueError: The batch is malformed or an argument out of range.
+    NotImplementedError: The layout splits more than lanes and sequences.
   """
   check_trainable(model, trainable)
   examples = Batch.of(batch).examples()
@@ -118,7 +125,10 @@ def chunked_value_and_grad(
       dataclasses.replace(e, weights=e.weights * ct)
       for e, ct in zip(examples, cotangents, strict=True)
     ]
-  sums = accumulate(model, examples, options, rng=rng)
+  if layout is None:
+    sums = accumulate(model, examples, options, rng=rng)
+  else:
+    sums = accumulate_over(layout, model, examples, options, rng=rng)
   if loss is not None:
     return value, sums.grads
   weight = np.asarray(sums.weight, sums.loss.dtype)

@@ -25,7 +25,6 @@ from jaxchunk.chunking.cost import plan_cost
 from jaxchunk.chunking.executor import Options, Sums
 from jaxchunk.chunking.lanes import LaneArrays, capacity_chunks, pad_lane
 from jaxchunk.chunking.ops import Stage
-from jaxchunk.chunking.plan import ChunkPlan
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.kernels.state import KVPrefix, KVWindow
 from jaxchunk.kernels.vma import vary_like
@@ -112,14 +111,59 @@ def accumulate_over(
   groups = balanced(costs.lanes, layout.data)
   totals = _zeros(mesh, options)(model)
   for number in range(max(map(len, groups))):
-    turn = [group[number] if number < len(group) else None for group in groups]
-    lane, counts = _placed(model, lanes, turn, plan, mesh, layout.context)
+    turn = [
+      lanes[group[number]] if number < len(group) else None for group in groups
+    ]
+    lane, counts = _placed(model, turn, options.chunk_size, mesh)
     totals = _program(
       model, lane, counts, totals, rng, options=options, mesh=mesh
     )
   loss, grads = _added(everywhere)(totals)
   weight = executor.weight_of(examples)
   return Sums(loss, weight, options.trainable.state(grads), plan)
+
+
+def warm_up_over(
+  layout: Layout,
+  model: Transformer,
+  longest: int,
+  options: Options,
+  *,
+  mesh: Mesh | None = None,
+  rng: PRNGKeyArray | None = None,
+) -> int:
+  """`executor.warm_up` for `accumulate_over`, with its arguments.
+
+  Args:
+    layout: As in `accumulate_over`.
+    model: The model.
+    longest: Length of the longest sequence to come, in tokens.
+    options: From `make_options`.
+    mesh: As in `accumulate_over`.
+    rng: Any key if dropout will be used.
+
+  Returns:
+    How many programs there are.
+  """
+  check_layout(layout, options)
+  mesh = layout.mesh() if mesh is None else mesh
+  everywhere = NamedSharding(mesh, _NOWHERE)
+  model, rng = jax.device_put((model, rng), everywhere)
+  token = np.zeros(1, np.int32)
+  example = Example(token, token, np.zeros(1, np.float32))
+  _, (lane,) = executor.plan_lanes(model, [example], options.chunk_size)
+  totals = _zeros(mesh, options)(model)
+  top = capacity_chunks(-(-longest // options.chunk_size))
+  capacities = [1 << n for n in range(top.bit_length())]
+  for capacity in capacities:
+    placed, counts = _placed(
+      model, [lane] * layout.data, options.chunk_size, mesh, capacity
+    )
+    totals = _program(
+      model, placed, counts, totals, rng, options=options, mesh=mesh
+    )
+  jax.block_until_ready(_added(everywhere)(totals))
+  return len(capacities)
 
 
 def balanced(costs: Sequence[int], groups: int) -> list[list[int]]:
@@ -144,16 +188,23 @@ def balanced(costs: Sequence[int], groups: int) -> list[list[int]]:
 
 def _placed(
   model: Transformer,
-  lanes: Sequence[LaneArrays],
-  turn: Sequence[int | None],
-  plan: ChunkPlan,
+  chosen: Sequence[LaneArrays | None],
+  chunk_size: int,
   mesh: Mesh,
-  devices: int,
+  chunks: int = 1,
 ) -> tuple[Lane, Array]:
-  """A lane for each group, or none, in the room of the longest."""
-  chosen = [None if n is None else lanes[n] for n in turn]
+  """A lane for each group, or none, in the room of the longest.
+
+  Args:
+    model: The model.
+    chosen: The lanes.
+    chunk_size: C.
+    mesh: Where to.
+    chunks: The least room.
+  """
   most = max(lane.num_chunks for lane in chosen if lane is not None)
-  length = capacity_chunks(most) * plan.chunk_size
+  length = capacity_chunks(max(most, chunks)) * chunk_size
+  devices = mesh.shape[_SEQUENCE]
   wide = np.dtype(jnp.promote_types(model.cfg.dtype, jnp.float32))
   rows = NamedSharding(mesh, PartitionSpec("data", _SEQUENCE))
 
@@ -164,17 +215,23 @@ def _placed(
       if lane is not None:
         row[:] = getattr(pad_lane(lane, length), name)
     whole = whole[:, device_order(length, devices, _STRIPED)]
-    return jax.make_array_from_callback(whole.shape, rows, whole.__getitem__)
+    return _put(whole, rows)
 
   names = [field.name for field in dataclasses.fields(Lane)]
   # A group without a lane runs one chunk of padding.
   counts = np.asarray([1 if c is None else c.num_chunks for c in chosen])
   counts = counts.astype(np.int32)
   by_group = NamedSharding(mesh, PartitionSpec("data"))
-  return (
-    Lane(**{name: field(name) for name in names}),
-    jax.make_array_from_callback(counts.shape, by_group, counts.__getitem__),
-  )
+  return Lane(**{name: field(name) for name in names}), _put(counts, by_group)
+
+
+def _put(whole: np.ndarray[Any, Any], sharding: NamedSharding) -> Array:
+  """Each process puts what its own devices need."""
+  # On purpose; jax takes the callback's result for an accident.
+  with jax.transfer_guard_host_to_device("allow"):
+    return jax.make_array_from_callback(
+      whole.shape, sharding, whole.__getitem__
+    )
 
 
 @functools.partial(

@@ -19,6 +19,7 @@ from jaxchunk.data import config as data_config
 from jaxchunk.data.config import DataConfig
 from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.config import ModelConfig
+from jaxchunk.sharding.mesh import Layout
 
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "muon"]
 ScheduleName = Literal["cosine", "wsd"]
@@ -128,6 +129,26 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class LayoutConfig:
+  """Which devices do what; see `jaxchunk.sharding.mesh.Layout`.
+
+  Attributes:
+    data: Groups of devices with lanes of their own.
+    context: Devices of a group, which share each sequence; divides
+      `train.chunk_size`.
+  """
+
+  data: int = 1
+  context: int = 1
+
+  def layout(self) -> Layout | None:
+    """The layout; `None` for one device."""
+    if self.data == self.context == 1:
+      return None
+    return Layout(data=self.data, context=self.context)
+
+
+@dataclasses.dataclass(kw_only=True)
 class Config:
   """All that a run depends on."""
 
@@ -137,6 +158,7 @@ class Config:
   checkpoint: CheckpointConfig = dataclasses.field(
     default_factory=CheckpointConfig
   )
+  layout: LayoutConfig = dataclasses.field(default_factory=LayoutConfig)
 
 
 def validate(config: Config) -> None:
@@ -165,11 +187,33 @@ def validate(config: Config) -> None:
     raise ConfigError(str(error)) from error
   _check_types("train", config.train)
   _check_types("checkpoint", config.checkpoint)
+  _check_types("layout", config.layout)
   _validate_train(config.train)
+  _validate_layout(config)
   for name in ("save_every", "keep_last", "keep_every"):
     value = getattr(config.checkpoint, name)
     if value is not None:
       _check(f"checkpoint.{name}", value, value >= 1, "at least 1")
+
+
+def _validate_layout(config: Config) -> None:
+  for name in ("data", "context"):
+    value = getattr(config.layout, name)
+    _check(f"layout.{name}", value, value >= 1, "at least 1")
+  if config.layout.layout() is None:
+    return
+  size, devices = config.train.chunk_size, config.layout.context
+  if size % devices:
+    raise ConfigError(
+      f"train.chunk_size={size} cannot be dealt out to "
+      f"layout.context={devices} devices; take {-(-size // devices) * devices}"
+    )
+  for name, plain in (("spaco_rate", None), ("kv_memory", "device")):
+    if (value := getattr(config.train, name)) != plain:
+      raise ConfigError(
+        f"train.{name}={value!r} runs on one device so far; leave it at "
+        f"{plain!r}, or layout.data and layout.context at 1"
+      )
 
 
 def _check_types(section: str, values: Any) -> None:

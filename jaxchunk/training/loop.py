@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 from tqdm import tqdm
 
-from jaxchunk.chunking import executor
+from jaxchunk.chunking import executor, parallel
 from jaxchunk.chunking.cost import plan_cost
 from jaxchunk.chunking.plan import ChunkPlan
 from jaxchunk.chunking.spaco import SpaCO
@@ -244,12 +244,14 @@ def _compile(run: Run) -> None:
   """Compiles the programs for all lengths, so that no later step has to."""
   kept = run.corpus.lengths[run.corpus.reasons == KEPT]
   start_time = time.perf_counter()
-  count = executor.warm_up(
-    run.model,
-    int(kept.max()),
-    run.options,
-    rng=run.key if _is_random(run) else None,
-  )
+  rng = run.key if _is_random(run) else None
+  layout, longest = run.config.layout.layout(), int(kept.max())
+  if layout is None:
+    count = executor.warm_up(run.model, longest, run.options, rng=rng)
+  else:
+    count = parallel.warm_up_over(
+      layout, run.model, longest, run.options, mesh=run.mesh, rng=rng
+    )
   seconds = time.perf_counter() - start_time
   say(f"Compiled {count} chunk programs in {seconds:.0f} s")
   run.clock = time.perf_counter()
@@ -272,7 +274,7 @@ def launch(run: Run, batch: GlobalBatch) -> Pending:
     rng = None
     if _is_random(run):
       rng = _fold_in(run.key, jax.device_put(np.uint32(run.step)))
-    sums = executor.accumulate(run.model, batch.examples, run.options, rng=rng)
+    sums = _accumulate(run, batch, rng)
     run.params, run.state, scalars = run.update(
       run.params,
       run.state,
@@ -303,6 +305,17 @@ def launch(run: Run, batch: GlobalBatch) -> Pending:
     **cost,
   }
   return Pending(run.step, scalars, batch, values, sums.loss)
+
+
+def _accumulate(
+  run: Run, batch: GlobalBatch, rng: PRNGKeyArray | None
+) -> executor.Sums:
+  layout = run.config.layout.layout()
+  if layout is None:
+    return executor.accumulate(run.model, batch.examples, run.options, rng=rng)
+  return parallel.accumulate_over(
+    layout, run.model, batch.examples, run.options, mesh=run.mesh, rng=rng
+  )
 
 
 @jax.jit

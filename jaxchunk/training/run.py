@@ -57,6 +57,7 @@ class Run:
     frozen_sums: Checksums of those.
     state: The optimizer's.
     step: Updates tried.
+    mesh: The devices; `None` is one.
     clock: When the last step ended, or its successor could have begun.
     busiest: The plan with the longest sequence so far, and its step.
   """
@@ -75,6 +76,7 @@ class Run:
   frozen_sums: dict[str, int]
   state: optimizer.OptimizerState
   step: int
+  mesh: jax.sharding.Mesh | None = None
   clock: float = 0.0
   busiest: tuple[int, ChunkPlan] | None = None
 
@@ -98,7 +100,11 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
   check_kernels(config.train.implementation, jax.local_devices()[0])
   graphdef, shapes, _ = initial.abstract_model(config.model)
   tx = optimizer.make_optimizer(config.train)
+  device: jax.sharding.Sharding
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  mesh = _mesh(config)
+  if mesh is not None:
+    device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   target = checkpoint.target_like(nnx.to_pure_dict(shapes), device)
   init = functools.partial(optimizer.init_state, tx)
   state_shapes = jax.eval_shape(init, target)
@@ -170,7 +176,21 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     frozen_sums=checkpoint.frozen_sums(frozen) if frozen else {},
     state=state,
     step=step,
+    mesh=mesh,
   )
+
+
+def _mesh(config: Config) -> jax.sharding.Mesh | None:
+  """The devices of a layout; `None` is one.
+
+  Raises:
+    ConfigError: There are more or fewer.
+  """
+  layout = config.layout.layout()
+  try:
+    return None if layout is None else layout.mesh()
+  except ValueError as error:
+    raise ConfigError(f"layout: {error}") from error
 
 
 def check_kernels(implementation: Backend | None, device: jax.Device) -> None:

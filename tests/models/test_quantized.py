@@ -20,8 +20,6 @@ from jaxchunk.models.families import qwen2
 from jaxchunk.models.lora import LoRA
 from jaxchunk.models.quantized import _NF4, Quantization, quantized
 
-pytestmark = pytest.mark.fast
-
 _HELD = [Quantization(kind="nf4", block=8), Quantization(kind="int8", block=8)]
 _IDS = [q.kind for q in _HELD]
 
@@ -70,6 +68,7 @@ def _plain(model):
   return model_of(cfg, arrays)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind, steps", [("nf4", 1), ("int8", 127)])
 def test_codes_are_the_nearest(kind, steps):
   kernel = np.random.default_rng(0).normal(size=(2, 24, 5)).astype(np.float32)
@@ -87,6 +86,7 @@ def test_codes_are_the_nearest(kind, steps):
   np.testing.assert_allclose(errors, best, atol=1e-6)
 
 
+@pytest.mark.fast
 def test_codes_are_those_of_bitsandbytes_and_qwix():
   qwix = pytest.importorskip("qwix")
   kernel = jax.random.normal(jax.random.key(0), (256, 64))
@@ -172,6 +172,7 @@ def test_a_new_model_is_that_of_the_configuration():
   )
 
 
+@pytest.mark.fast
 def test_bad_quantization_is_refused():
   with pytest.raises(ValueError, match="kind='int3'"):
     Quantization(kind="int3")

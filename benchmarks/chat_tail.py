@@ -26,12 +26,13 @@ Parts:
   speed: tokens of conversations, not of padding, over the seconds of all steps
     but the first. "warm" is what jaxchunk takes to begin: it compiles all its
     programs, and runs each once. TRL on CPU is given the threads {1, all} and
-    the way of waiting that are best for its first contestant.
+    the way of waiting that are best for rows of one.
   longest: doubling lengths of one conversation, until one does not fit into
     `--budget_mb` above the model with its optimizer, gradients included; and
     where a straight line through the two longest meets the budget. For one
-    conversation all of TRL's ways are a row of one. "by_slopes" is the ratio
-    that the lines tend to as the budget grows.
+    conversation all of TRL's ways are a row of one; of jaxchunk's only
+    layer-outer, which takes the least of them, runs on CPU. "by_slopes" is
+    the ratio that the lines tend to as the budget grows.
 
 GPU shapes have random weights, bf16, and loss and gradients without an update;
 what does not run is counted as the compiler says. Their budget is the device's
@@ -88,7 +89,7 @@ _RANK = flags.DEFINE_integer("rank", 8, "Of the adapters.", 1)
 _BUDGET = flags.DEFINE_integer(
   "budget_mb", 192, "Of the longest part on CPU.", 1
 )
-_SHORTEST = flags.DEFINE_integer("shortest", 2048, "Of the longest part.", 1)
+_SHORTEST = flags.DEFINE_integer("shortest", 4096, "Of the longest part.", 1)
 _MOST = flags.DEFINE_integer(
   "most", 0, "To run in the longest part; 0 is by shape.", 0
 )
@@ -99,13 +100,13 @@ _RECORD = flags.DEFINE_bool("record", False, "Write benchmarks/results/.")
 _DRY = flags.DEFINE_bool("dry_run", False, "GPU shapes made tiny, anywhere.")
 
 _ROWS = "TRL SFTTrainer, rows"
-# The first is tried with all settings.
+# The first is tried with all settings; the last take minutes.
 _TRL = [
-  "TRL SFTTrainer, padded by length",
-  "TRL SFTTrainer, padded",
   _ROWS,
   "TRL SFTTrainer, padding-free",
   "TRL SFTTrainer, packed",
+  "TRL SFTTrainer, padded by length",
+  "TRL SFTTrainer, padded",
 ]
 _CPU = [
   "jaxchunk, one live chunk",
@@ -119,6 +120,9 @@ _GPU = [
   "jaxchunk xla, one live chunk",
   *_TRL,
 ]
+# What is left out of the longest part: one conversation is one row, and keys
+# and values of all layers take more than layer-outer's inputs in "small".
+_ONLY_SPEED = (*_CPU[:2], *_TRL[1:])
 # At a rate for fine-tuning, losses differ by rounding alone. AdamW divides
 # gradients by their own size, also those that are rounding alone, so after an
 # update at ten times the rate TRL's own ways were seen to differ by 2e-5.
@@ -191,27 +195,39 @@ def base_job(
   )
 
 
-def run_speed(
-  runner: Runner, shape: str, way: str, names: list[str], tokens: list[int]
-) -> None:
-  """All contestants, turn by turn; TRL with the settings best for its first."""
+def best_setting(
+  runner: Runner, shape: str, names: list[str], tokens: list[int]
+) -> dict[str, Any]:
+  """Threads, and how they wait, of TRL's first contestant at its best."""
+  first = next((n for n in names if n in _TRL), None)
+  if first is None:
+    return {}
   length = sizes_of(shape).longest
-  pilot = next((n for n in names if n in _TRL), None)
+  job = base_job(shape, _WAYS.value[0], first, "chat", length)
+  runs = []
+  for tried in settings(job):
+    # One thread waits for no other.
+    if (tried.threads, tried.policy) != (1, "active"):
+      runs.append((tried, runner(tried) or {"skipped": "no time"}))
+  row = speed_rows(runs, tokens, "chat", rate_of_steps).get(first, {})
+  return {name: row[name] for name in ("threads", "policy") if name in row}
+
+
+def run_speed(
+  runner: Runner,
+  shape: str,
+  way: str,
+  names: list[str],
+  setting: dict[str, Any],
+) -> None:
+  """All contestants, turn by turn; TRL with a setting."""
+  length = sizes_of(shape).longest
   for turn in range(_ROUNDS.value):
     for name in names:
       job = base_job(shape, way, name, "chat", length)
-      tried = [job]
-      if name == pilot and not turn:
-        tried = list(settings(job))
-      elif name in _TRL:
-        rows = speed_rows(runner.runs.values(), tokens, "chat", rate_of_steps)
-        best = rows.get(pilot, {})
-        setting = {k: best[k] for k in ("threads", "policy") if k in best}
-        tried = [dataclasses.replace(job, **setting)]
-      for job in tried:
-        result = runner(dataclasses.replace(job, turn=turn))
-        if result and "skipped" in result:
-          break
+      if name in _TRL:
+        job = dataclasses.replace(job, **setting)
+      runner(dataclasses.replace(job, turn=turn))
 
 
 def run_longest(
@@ -220,7 +236,7 @@ def run_longest(
   """Doubling lengths; on a GPU jaxchunk's programs are only compiled."""
   on_cpu = shape == "small" or _DRY.value
   for name in names:
-    if name in _TRL and name != _ROWS:
+    if name in _ONLY_SPEED:
       continue
     only_compiled = name.startswith("jaxchunk") and not on_cpu
     task: Task = "compile" if only_compiled else "longest"
@@ -277,13 +293,15 @@ def measure(
   runner: Runner, shape: str, way: str, names: list[str]
 ) -> dict[str, Any]:
   """Both parts for a shape and a way to train, and the table."""
-  runner.runs = {}
   budget = budget_of(shape, way)
   longest_chat = sizes_of(shape).longest
   steps = documents(base_job(shape, way, names[0], "chat", longest_chat))
   tokens = [sum(len(d) - 1 for d in docs) for docs in steps]
+  runner.runs = {}
   if "speed" in _WANTED.value:
-    run_speed(runner, shape, way, names, tokens)
+    setting = best_setting(runner, shape, names, tokens)
+    runner.runs = {}
+    run_speed(runner, shape, way, names, setting)
   if "longest" in _WANTED.value:
     run_longest(runner, shape, way, names, budget)
   runs = list(runner.runs.values())

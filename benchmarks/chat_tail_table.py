@@ -23,7 +23,8 @@ def compare(speed: Rows, longest: Rows) -> dict[str, float]:
   There only the bytes that a token adds count, on both sides the least.
   """
   figures = ratios(speed, longest)
-  slopes = {n: row["slope"] for n, row in longest.items() if row.get("slope")}
+  slopes = {n: row.get("slope") for n, row in longest.items()}
+  slopes = {n: slope for n, slope in slopes.items() if slope and slope > 0}
   mine = [v for n, v in slopes.items() if n.startswith("jaxchunk")]
   peers = [v for n, v in slopes.items() if not n.startswith("jaxchunk")]
   if mine and peers:

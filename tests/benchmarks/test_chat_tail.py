@@ -107,6 +107,9 @@ def test_ratios_and_goals():
   assert over["tokens_per_sec"] == pytest.approx(1.5)
   assert over["longest_by_line"] == pytest.approx(8)
   assert over["longest_by_slopes"] == pytest.approx(4.5)
+  # Bytes that do not grow say nothing.
+  flat = longest | {"jaxchunk, a": {"fits": 4096, "slope": -1.0}}
+  assert "longest_by_slopes" not in chat_tail_table.compare(speed, flat)
   targets = {"tokens_per_sec": 2.0, "longest_by_line": 8.0}
   met = chat_tail_table.verdicts((1e-5, "x"), over, 1e-4, targets)
   assert met == {

@@ -41,24 +41,22 @@ with device and versions, into benchmarks/results/.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from absl import app, flags
-from common import record, report, rounded, run_contestant, torch_settings
-from peers_job import (
-  SHAPES,
-  Job,
-  Task,
-  weights_path,
-  write_documents,
+from common import record, report, rounded
+from peers_job import SHAPES, Job, Task
+from peers_runner import (
+  Runner,
+  device_memory,
+  double_lengths,
+  settings,
+  stdlib_texts,
 )
 from peers_table import (
   longest_rows,
@@ -126,34 +124,18 @@ _CURVE_STEPS, _CURVE_DOCUMENTS, _CURVE_LENGTH, _CURVE_CHUNK = 8, 2, 1024, 256
 # whole learning rate, and curves drift apart: in nats, 5e-6 were seen after
 # four steps, and this leaves room for more steps and other documents.
 _TOLERANCE = 1e-3
-# The C library gives freed blocks of 1 MiB and more back at once. By default it
-# may keep them: torch's resident memory was seen to be twice what it used. Only
-# where memory is all that counts, for page faults take time.
-_GIVE_BACK = {
-  "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-  "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
-}
 # Compiling goes on to this length.
 _MOST = 1 << 22
 
 
-def stdlib_texts() -> list[np.ndarray]:
-  """The standard library's documents as bytes, in the corpus's order."""
-  from jaxchunk.data.sources import load_source
-
-  with tempfile.TemporaryDirectory() as folder:
-    source = load_source("stdlib", cache_dir=pathlib.Path(folder))
-  texts = (source[n].encode() for n in range(len(source)))
-  return [np.frombuffer(text, np.uint8).astype(np.int32) for text in texts]
-
-
-def documents(job: Job, texts: list[np.ndarray]) -> list[list[np.ndarray]]:
+def documents(job: Job) -> list[list[np.ndarray]]:
   """Whole documents of each step, of `job.length` targets at most.
 
   Those of speed are the longest of the corpus that have no more tokens than
   that, the curve's are drawn. The one of "longest" has exactly that many, and
   is made of several where there is none so long.
   """
+  texts = stdlib_texts()
   if job.task == "longest":
     return [[np.resize(np.concatenate(texts), job.length + 1)]]
   whole = [t for t in texts if 2 <= len(t) <= job.length + 1]
@@ -164,93 +146,6 @@ def documents(job: Job, texts: list[np.ndarray]) -> list[list[np.ndarray]]:
   drawn = np.random.default_rng(_SEED.value).permutation(len(whole))
   picked = [whole[n] for n in drawn[: _CURVE_STEPS * _CURVE_DOCUMENTS]]
   return [picked[n::_CURVE_STEPS] for n in range(_CURVE_STEPS)]
-
-
-def read_cache(path: str) -> dict[str, dict[str, Any]]:
-  """Results by the job's key.
-
-  Raises:
-    ValueError: A line is none of this version's.
-  """
-  known = {}
-  with open(path) as file:
-    for number, line in enumerate(file, 1):
-      try:
-        entry = json.loads(line)
-        key = Job(**json.loads(entry["key"])).key
-        if key != entry["key"]:
-          raise ValueError("fields are missing")
-        known[key] = entry["result"]
-      except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-          f"{path}, line {number}, was not written by this version of the "
-          f"benchmark ({error}); name another file by --cache"
-        ) from error
-  return known
-
-
-class Runner:
-  """Runs jobs that the cache does not have, and remembers all results."""
-
-  def __init__(self, folder: pathlib.Path):
-    self.folder = folder
-    self.deadline = time.monotonic() + _SECONDS.value
-    self.stopped = False
-    self.runs: dict[str, tuple[Job, dict[str, Any]]] = {}
-    self.written: set[tuple[str, int]] = set()
-    self.texts: list[np.ndarray] = []
-    self.known: dict[str, dict[str, Any]] = {}
-    if _CACHE.value and os.path.exists(_CACHE.value):
-      self.known = read_cache(_CACHE.value)
-
-  def __call__(self, job: Job) -> dict[str, Any] | None:
-    """The result; `None` if there is no time left for it."""
-    key = job.key
-    if key not in self.known:
-      if time.monotonic() > self.deadline:
-        self.stopped = True
-        return None
-      self.known[key] = self._run(job)
-      if _CACHE.value:
-        with open(_CACHE.value, "a") as file:
-          line = {"key": key, "result": self.known[key]}
-          file.write(json.dumps(line) + "\n")
-    self.runs[key] = job, self.known[key]
-    return self.known[key]
-
-  def prepare(self, job: Job) -> None:
-    """Writes what the contestants read: documents, and CPU shapes' weights."""
-    weights = weights_path(self.folder, job.shape)
-    if job.shape == "small" and not weights.exists():
-      import peers_jax
-
-      np.savez(weights, **peers_jax.initial_weights(job))
-    if (job.task, job.length) in self.written or job.task == "compile":
-      return
-    steps = self.documents(job)
-    write_documents(self.folder, job, steps)
-    self.written.add((job.task, job.length))
-
-  def documents(self, job: Job) -> list[list[np.ndarray]]:
-    """Of a job."""
-    self.texts = self.texts or stdlib_texts()
-    return documents(job, self.texts)
-
-  def _run(self, job: Job) -> dict[str, Any]:
-    self.prepare(job)
-    script = pathlib.Path(__file__).with_name("peers_run.py")
-    fields = json.dumps(dataclasses.asdict(job))
-    lines, code = run_contestant(
-      [str(script), fields, str(self.folder)],
-      job.policy,
-      _STREAMBP.value if job.contestant == _PACKAGE else sys.executable,
-      _GIVE_BACK if job.task == "longest" else None,
-    )
-    result = lines[-1] if lines else {"skipped": f"exit code {code}"}
-    shown = {k: v for k, v in result.items() if k != "losses"}
-    print(f"{job.task} {job.length} {job.contestant}", end=" ", file=sys.stderr)
-    print(job.threads, job.policy, shown, file=sys.stderr, flush=True)
-    return result
 
 
 def base_job(shape: str, contestant: str, task: Task, length: int) -> Job:
@@ -268,15 +163,6 @@ def base_job(shape: str, contestant: str, task: Task, length: int) -> Job:
     steps=_STEPS.value if task == "speed" else 0,
     seed=_SEED.value if curve else 0,
   )
-
-
-def settings(job: Job) -> Iterator[Job]:
-  """The job under each of the settings that may be best for it."""
-  if job.contestant.startswith("jaxchunk") or job.shape != "small":
-    yield job
-    return
-  for threads, policy in torch_settings():
-    yield dataclasses.replace(job, threads=threads, policy=policy)
 
 
 def run_speed(runner: Runner, shape: str, names: list[str]) -> list[int]:
@@ -326,22 +212,8 @@ def run_longest(
         continue
       if task == "compile" and not ours:
         continue
-      length = _SHORTEST.value
-      while length <= most:
-        result = runner(base_job(shape, name, task, length))
-        if result is None or "skipped" in result:
-          break
-        size = "peak_bytes" if task == "longest" else "compiled_bytes"
-        if result[size] > budget:
-          break
-        length *= 2
-
-
-def device_memory() -> int:
-  """Bytes of the GPU that jax may take; the budget of all contestants."""
-  import jax
-
-  return jax.devices()[0].memory_stats()["bytes_limit"]
+      job = base_job(shape, name, task, _SHORTEST.value)
+      double_lengths(runner, job, most, budget)
 
 
 def budget_of(shape: str) -> int:
@@ -438,7 +310,13 @@ def main(_: list[str]) -> None:
   gpu = jax.default_backend() == "gpu"
   figures: dict[str, Any] = {}
   with tempfile.TemporaryDirectory() as folder:
-    runner = Runner(pathlib.Path(folder))
+    runner = Runner(
+      pathlib.Path(folder),
+      documents,
+      cache=_CACHE.value,
+      seconds=_SECONDS.value,
+      pythons={_PACKAGE: _STREAMBP.value},
+    )
     for shape in _SHAPES.value:
       if shape == "small":
         figures[shape] = measure(runner, shape, chosen(_CPU))

@@ -1,4 +1,4 @@
-"""jaxchunk as a contestant of `peers.py`."""
+"""jaxchunk as a contestant of `peers.py` and `chat_tail.py`."""
 
 import pathlib
 import time
@@ -13,6 +13,7 @@ from peers_job import (
   EPSILON,
   Job,
   Shape,
+  alpha_of,
   read_documents,
   watch_resident,
   weights_path,
@@ -21,7 +22,11 @@ from peers_job import (
 import jaxchunk as jc
 from jaxchunk.chunking.executor import accumulate, make_options, warm_up
 from jaxchunk.interop.hugging_face import from_hugging_face, to_hugging_face
+from jaxchunk.interop.peft import save_peft
+from jaxchunk.models.adapters import add_lora
+from jaxchunk.models.lora import LoRA
 from jaxchunk.training.config import TrainConfig
+from jaxchunk.training.initial import trainable
 from jaxchunk.training.optimizer import init_state, make_optimizer, make_update
 from jaxchunk.types import Example
 
@@ -56,10 +61,26 @@ def config_of(shape: Shape, dtype: str) -> jc.ModelConfig:
   )
 
 
+def random_model(job: Job) -> jc.Transformer:
+  """Without adapters."""
+  return jc.Transformer(config_of(job.sizes, job.dtype), rngs=nnx.Rngs(0))
+
+
+def adapted(model: jc.Transformer, job: Job) -> jc.Transformer:
+  """With the job's adapters, if it has any."""
+  if not job.lora:
+    return model
+  return add_lora(model, LoRA(rank=job.lora, alpha=alpha_of(job)))
+
+
 def initial_weights(job: Job) -> dict[str, np.ndarray]:
   """What all contestants start from, as transformers names it."""
-  cfg = config_of(job.sizes, job.dtype)
-  return to_hugging_face(jc.Transformer(cfg, rngs=nnx.Rngs(0)))
+  return to_hugging_face(random_model(job))
+
+
+def save_adapters(job: Job, path: pathlib.Path) -> None:
+  """What all contestants with adapters start from, as PEFT names it."""
+  save_peft(adapted(random_model(job), job), path)
 
 
 def examples_of(documents: list[np.ndarray]) -> list[Example]:
@@ -79,6 +100,7 @@ def compiled_bytes(model: jc.Transformer, length: int, job: Job) -> int:
     model,
     capacity=length,
     chunk_size=job.chunk_size,
+    trainable=trainable(model.cfg),
     **way_of(job.contestant),
   ).compile()
   memory = compiled.memory_analysis()
@@ -88,8 +110,7 @@ def compiled_bytes(model: jc.Transformer, length: int, job: Job) -> int:
 
 def run_compile(job: Job) -> dict[str, Any]:
   """`compiled_bytes` for a model that is only described; nothing runs."""
-  cfg = config_of(job.sizes, job.dtype)
-  model = nnx.eval_shape(lambda: jc.Transformer(cfg, rngs=nnx.Rngs(0)))
+  model = nnx.eval_shape(lambda: adapted(random_model(job), job))
   return {"compiled_bytes": compiled_bytes(model, job.length, job)}
 
 
@@ -98,15 +119,22 @@ class Trainer:
 
   def __init__(self, job: Job, folder: pathlib.Path):
     self.job = job
-    cfg = config_of(job.sizes, job.dtype)
     weights = weights_path(folder, job.shape)
     if weights.exists():
+      cfg = config_of(job.sizes, job.dtype)
       with np.load(weights) as arrays:
-        self.model = from_hugging_face(dict(arrays), cfg)
+        model = from_hugging_face(dict(arrays), cfg)
     else:
-      self.model = jc.Transformer(cfg, rngs=nnx.Rngs(0))
+      model = random_model(job)
+    # All of it, as `jaxchunk.training` does: adapters are on no device in
+    # particular, and once trained they would be, which compiles anew.
+    self.model = jax.device_put(adapted(model, job), jax.devices()[0])
+    kind = trainable(self.model.cfg)
     self.options = make_options(
-      self.model, chunk_size=job.chunk_size, **way_of(job.contestant)
+      self.model,
+      chunk_size=job.chunk_size,
+      trainable=kind,
+      **way_of(job.contestant),
     )
     if not job.update:
       return
@@ -121,7 +149,7 @@ class Trainer:
       beta2=BETAS[1],
       epsilon=EPSILON,
     )
-    self.graph, params = nnx.split(self.model)
+    self.graph, params, self.frozen = nnx.split(self.model, kind, ...)
     self.params = nnx.to_pure_dict(params)
     self.state = init_state(make_optimizer(train), self.params)
     self.update = make_update(train)
@@ -144,7 +172,8 @@ class Trainer:
         weight,
         nnx.to_pure_dict(sums.grads),
       )
-      self.model = nnx.merge(self.graph, nnx.State(self.params))
+      params = nnx.State(self.params)
+      self.model = nnx.merge(self.graph, params, self.frozen)
     jax.block_until_ready((self.model, sums.grads, sums.loss))
     return float(sums.loss) / float(weight)
 
@@ -153,8 +182,10 @@ def run(job: Job, folder: pathlib.Path) -> dict[str, Any]:
   """Trains and measures; see `peers.py` for the figures."""
   steps = read_documents(folder, job)
   longest = max(len(d) - 1 for step in steps for d in step)
+  start = time.perf_counter()
   trainer = Trainer(job, folder)
   warm_up(trainer.model, longest, trainer.options)
+  warming = time.perf_counter() - start
   losses, seconds = [], []
   device = jax.devices()[0]
   if device.platform == "gpu":
@@ -167,10 +198,11 @@ def run(job: Job, folder: pathlib.Path) -> dict[str, Any]:
   figures = {
     "losses": losses,
     "seconds": seconds,
+    "warm_seconds": warming,
     "peak_bytes": resident.grown,
     "device": device.device_kind,
   }
-  if job.task != "curve":
+  if job.task in ("speed", "longest"):
     figures["compiled_bytes"] = compiled_bytes(trainer.model, longest, job)
   if device.platform == "gpu":
     peak = device.memory_stats()["peak_bytes_in_use"]

@@ -1,4 +1,4 @@
-"""What a contestant of `peers.py` is asked to do, and how it is watched.
+"""What a contestant is asked to do, and how it is watched.
 
 Neither jax nor torch is imported here: contestants load their own.
 """
@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-Task = Literal["speed", "curve", "longest", "compile"]
+Task = Literal["speed", "curve", "longest", "compile", "chat"]
 
 BETAS, EPSILON, DECAY = (0.9, 0.95), 1e-8, 0.1
 
@@ -32,13 +32,22 @@ class Shape:
   tied: bool = False
 
   @property
+  def matrices(self) -> list[tuple[int, int]]:
+    """Inputs and outputs of a layer's matrices."""
+    q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+    D, F = self.d_model, self.d_ff
+    return [(D, q), (D, kv), (D, kv), (q, D), (D, F), (D, F), (F, D)]
+
+  @property
   def parameters(self) -> int:
     """How many numbers it has."""
-    q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-    layer = 2 * self.d_model * (q + kv) + 3 * self.d_model * self.d_ff
-    layer += 2 * self.d_model
+    layer = sum(n * m for n, m in self.matrices) + 2 * self.d_model
     embeddings = self.vocab * self.d_model * (1 if self.tied else 2)
     return embeddings + self.layers * layer + self.d_model
+
+  def adapters(self, rank: int) -> int:
+    """How many numbers LoRA of all matrices has."""
+    return self.layers * rank * sum(n + m for n, m in self.matrices)
 
 
 def _shape(numbers: tuple[int, ...], tied: bool = False) -> Shape:
@@ -64,8 +73,8 @@ class Job:
 
   Attributes:
     contestant: Its name.
-    task: "speed" and "curve" train for some steps, "longest" takes one;
-      "compile" asks jaxchunk's compiler for the bytes and runs nothing.
+    task: "speed", "curve" and "chat" train for some steps, "longest" takes
+      one; "compile" asks jaxchunk's compiler for the bytes and runs nothing.
     shape: Of the model, by name.
     dtype: Of its weights and activations.
     length: Tokens of the documents, at most.
@@ -75,8 +84,11 @@ class Job:
     threads: Of torch on CPU.
     policy: How those threads wait.
     steps: Of the speed part.
-    seed: Which documents the curve has.
+    seed: Which documents the curve and the chat have.
     turn: Counts repetitions.
+    lora: Rank of adapters of all matrices, which alone are trained; 0 trains
+      all parameters.
+    batch: Documents that TRL takes at once; 0 is all of a step.
   """
 
   contestant: str
@@ -92,6 +104,8 @@ class Job:
   steps: int = 0
   seed: int = 0
   turn: int = 0
+  lora: int = 0
+  batch: int = 0
 
   @property
   def key(self) -> str:
@@ -132,6 +146,16 @@ def write_documents(
 def weights_path(folder: pathlib.Path, shape: str) -> pathlib.Path:
   """Where the parent put the initial weights of a shape, if it did."""
   return folder / f"weights_{shape}.npz"
+
+
+def alpha_of(job: Job) -> float:
+  """LoRA's alpha: the adapters' products count twice."""
+  return 2.0 * job.lora
+
+
+def adapters_path(folder: pathlib.Path, job: Job) -> pathlib.Path:
+  """Where the parent put the initial adapters, in PEFT's format."""
+  return folder / f"adapters_{job.shape}_{job.lora}"
 
 
 class Growth:

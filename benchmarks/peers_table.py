@@ -1,12 +1,12 @@
-"""From the runs of `peers.py` to its figures and its table.
+"""From the runs of `peers.py` and `chat_tail.py` to figures and a table.
 
 A run is a `Job` and what came of it: figures, or "skipped" and the reason.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from peers_job import Job
+from peers_job import Job, Task
 
 Runs = Iterable[tuple[Job, Mapping[str, Any]]]
 
@@ -24,21 +24,44 @@ def tokens_per_second(
   return max(count / seconds for count, seconds in pairs[1:])
 
 
-def speed_rows(runs: Runs, tokens: list[int]) -> dict[str, dict[str, Any]]:
+def rate_of_steps(result: Mapping[str, Any], tokens: Iterable[int]) -> float:
+  """Tokens a second of all steps but the first, taken together.
+
+  Args:
+    result: Of a run with two steps or more.
+    tokens: Targets of each step.
+  """
+  return sum(list(tokens)[1:]) / sum(result["seconds"][1:])
+
+
+def speed_rows(
+  runs: Runs,
+  tokens: list[int],
+  task: Task = "speed",
+  rate_of: Callable[
+    [Mapping[str, Any], Iterable[int]], float
+  ] = tokens_per_second,
+) -> dict[str, dict[str, Any]]:
   """The best run of each contestant over settings and turns.
 
   Peak bytes are the least over turns of the setting that was fastest: what
   the allocator keeps by chance only adds.
+
+  Args:
+    runs: All of them.
+    tokens: Targets of each step.
+    task: Whose runs count.
+    rate_of: Tokens a second of a result.
   """
   rows: dict[str, dict[str, Any]] = {}
   peaks: dict[tuple[str, int, str], int] = {}
   for job, result in runs:
-    if job.task != "speed" or "skipped" in result:
+    if job.task != task or "skipped" in result:
       continue
     setting = (job.contestant, job.threads, job.policy)
     peak = min(peaks.get(setting, result["peak_bytes"]), result["peak_bytes"])
     peaks[setting] = peak
-    rate = tokens_per_second(result, tokens)
+    rate = rate_of(result, tokens)
     best = rows.get(job.contestant)
     if best is not None and best["tokens_per_sec"] >= rate:
       continue
@@ -48,13 +71,14 @@ def speed_rows(runs: Runs, tokens: list[int]) -> dict[str, dict[str, Any]]:
       "policy": job.policy,
       "loss": result["losses"][-1],
       "compiled_bytes": result.get("compiled_bytes"),
+      "warm_seconds": result.get("warm_seconds"),
     }
   for name, row in rows.items():
     row["peak_bytes"] = peaks[name, row["threads"], row["policy"]]
   return rows
 
 
-def loss_gap(runs: Runs) -> tuple[float, str] | None:
+def loss_gap(runs: Runs, task: Task = "curve") -> tuple[float, str] | None:
   """The largest difference of two losses after the same tokens, and whose.
 
   Against the first contestant, over all steps; `None` with fewer than two. A
@@ -63,7 +87,7 @@ def loss_gap(runs: Runs) -> tuple[float, str] | None:
   curves = {
     job.contestant: result["losses"]
     for job, result in runs
-    if job.task == "curve" and "skipped" not in result
+    if job.task == task and "skipped" not in result
   }
   if len(curves) < 2:
     return None
@@ -86,14 +110,16 @@ def longest_fitting(sizes: Mapping[int, int], budget: int) -> dict[str, Any]:
   Returns:
     `fits`, the longest that ran within the budget (0 if none), and `line`,
     where a straight line through the two longest that ran meets the budget;
-    `None` if bytes do not grow.
+    `None` if bytes do not grow. `slope` is the line's, in bytes a token.
   """
   fits = [length for length, size in sizes.items() if size <= budget]
   figures = {"fits": max(fits, default=0), "line": None, "bytes": dict(sizes)}
+  figures["slope"] = None
   lengths = sorted(sizes)
   if len(lengths) > 1:
     short, long = lengths[-2:]
     slope = (sizes[long] - sizes[short]) / (long - short)
+    figures["slope"] = slope
     if slope > 0:
       figures["line"] = max(0.0, long + (budget - sizes[long]) / slope)
   return figures
@@ -168,17 +194,18 @@ def table(
       threads = f"{row['threads']} {row['policy']}"
     by_compiler = length.get("compiled", {}).get("fits")
     lines.append(
-      f"{name:34}{_cell(row.get('tokens_per_sec'), 9)}{threads:>16}"
-      f"{_cell(row.get('peak_bytes'), 9, 1e6)}"
-      f"{_cell(row.get('compiled_bytes'), 9, 1e6)}"
-      f"{_cell(row.get('loss'), 9, digits=4)}{_cell(length.get('fits'), 8)}"
-      f"{_cell(length.get('line'), 9)}{_cell(by_compiler, 9)}"
+      f"{name:34}{cell(row.get('tokens_per_sec'), 9)}{threads:>16}"
+      f"{cell(row.get('peak_bytes'), 9, 1e6)}"
+      f"{cell(row.get('compiled_bytes'), 9, 1e6)}"
+      f"{cell(row.get('loss'), 9, digits=4)}{cell(length.get('fits'), 8)}"
+      f"{cell(length.get('line'), 9)}{cell(by_compiler, 9)}"
     )
   return "\n".join(lines)
 
 
-def _cell(
+def cell(
   value: float | None, width: int, unit: float = 1.0, digits: int = 0
 ) -> str:
+  """A number of a table, empty if there is none."""
   text = "" if value is None else f"{value / unit:,.{digits}f}"
   return f"{text:>{width}}"

@@ -19,6 +19,8 @@ from peers_job import (
   DECAY,
   EPSILON,
   Job,
+  adapters_path,
+  alpha_of,
   read_documents,
   watch_resident,
   weights_path,
@@ -36,7 +38,7 @@ def device_of(job: Job) -> str:
   return "cuda" if torch.cuda.is_available() and job.shape != "small" else "cpu"
 
 
-def build(job: Job, folder: pathlib.Path) -> Any:
+def build(job: Job, folder: pathlib.Path, attention: str = "sdpa") -> Any:
   """The Llama of transformers with the parent's weights, or random ones."""
   sizes = job.sizes
   config = transformers.LlamaConfig(
@@ -50,7 +52,7 @@ def build(job: Job, folder: pathlib.Path) -> Any:
     rms_norm_eps=1e-6,
     tie_word_embeddings=sizes.tied,
     max_position_embeddings=1 << 22,
-    attn_implementation="sdpa",
+    attn_implementation=attention,
     use_cache=False,
     bos_token_id=None,
     eos_token_id=None,
@@ -70,13 +72,35 @@ def build(job: Job, folder: pathlib.Path) -> Any:
     missing, extra = model.load_state_dict(state, strict=False)
     if extra or set(missing) - {"lm_head.weight"}:
       raise ValueError(f"weights do not fit: {missing}, {extra}")
+  if job.lora:
+    model = adapted(model, job, adapters_path(folder, job))
   return model.train()
+
+
+def adapted(model: Any, job: Job, path: pathlib.Path) -> Any:
+  """With PEFT's adapters, the parent's or random ones."""
+  import peft
+
+  if path.exists():
+    return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+  config = peft.LoraConfig(
+    r=job.lora,
+    lora_alpha=alpha_of(job),
+    target_modules="all-linear",
+    task_type="CAUSAL_LM",
+  )
+  return peft.get_peft_model(model, config)
+
+
+def trained(model: Any) -> list[tuple[str, Any]]:
+  """Parameters that get gradients, by name."""
+  return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
 def adamw(model: Any, job: Job) -> torch.optim.Optimizer:
   """AdamW; the matrices of layers decay, as in `jaxchunk.training`."""
   matrices, others = [], []
-  for name, p in model.named_parameters():
+  for name, p in trained(model):
     (matrices if p.ndim == 2 and ".layers." in name else others).append(p)
   groups = [
     {"params": matrices, "weight_decay": DECAY},
@@ -343,7 +367,7 @@ def make_step(
     weight = sum(row.shape[1] - 1 for row in rows)
     total = sum(backward(row) for row in rows)
     if optimizer is not None:
-      for p in model.parameters():
+      for _, p in trained(model):
         p.grad /= weight
       optimizer.step()
     return total / weight

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer as a contestant of `peers.py`.
+"""TRL's SFTTrainer as a contestant of `peers.py` and `chat_tail.py`.
 
 The trainer as it is: its loop, its collator, its fused head, which builds no
 logits of the whole row, and gradient checkpointing.
@@ -9,8 +9,11 @@ import tempfile
 import time
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
+import transformers
+from chat_tail_data import even_rows
+from datasets import Dataset, disable_progress_bars
 from peers_job import Job, read_documents
 from peers_torch import (
   adamw,
@@ -20,15 +23,21 @@ from peers_torch import (
   make_step,
   plain,
   synchronize,
+  trained,
   warm,
   watch,
 )
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, pack_dataset
 
-ROWS, PADDING_FREE = "TRL SFTTrainer, rows", "TRL SFTTrainer, padding-free"
+NAME = "TRL SFTTrainer, "
+ROWS, PADDING_FREE, PACKED = "rows", "padding-free", "packed"
+PADDED, BY_LENGTH = "padded", "padded by length"
+
+Rows = list[dict[str, list[int]]]
+"""What a collator is given: `input_ids`, `labels`, perhaps `seq_lengths`."""
 
 
 class Clock(TrainerCallback):
@@ -68,17 +77,84 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
   )
 
 
-def settings(job: Job, documents: int, steps: int, folder: str) -> SFTConfig:
-  """Rows one after the other, or a step's documents behind each other."""
-  at_once = documents if job.contestant == PADDING_FREE else 1
+def way_of(job: Job) -> str:
+  """How documents are brought together."""
+  return job.contestant.removeprefix(NAME)
+
+
+def rows_of(documents: list[np.ndarray], way: str, longest: int) -> Rows:
+  """A step's documents as rows; packed, the longest is a row's limit."""
+  if way == BY_LENGTH:
+    documents = sorted(documents, key=len)
+  ids = [d.tolist() for d in documents]
+  rows = [{"input_ids": i, "labels": i} for i in ids]
+  if way != PACKED:
+    return rows
+  return pack_dataset(Dataset.from_list(rows), longest).to_list()
+
+
+def even(steps: list[Rows]) -> list[Rows]:
+  """As many packed rows in each step, for the trainer takes no other."""
+  lengths = [[row["seq_lengths"] for row in rows] for rows in steps]
+  return [
+    [
+      part
+      for row, parts in zip(rows, cuts, strict=True)
+      for part in cut(row, parts)
+    ]
+    for rows, cuts in zip(steps, even_rows(lengths), strict=True)
+  ]
+
+
+def cut(row: dict[str, list[int]], parts: list[list[int]]) -> Rows:
+  """A packed row as several, each with its documents' lengths."""
+  rows, start = [], 0
+  for lengths in parts:
+    stop = start + sum(lengths)
+    ids = row["input_ids"][start:stop]
+    rows.append({"input_ids": ids, "labels": ids, "seq_lengths": lengths})
+    start = stop
+  return rows
+
+
+def at_once(job: Job, documents: int) -> int:
+  """Rows of a forward pass."""
+  if way_of(job) in (ROWS, PACKED):
+    return 1
+  return job.batch or documents
+
+
+def attention_of(job: Job) -> str:
+  """Flash attention, if it is there, where documents lie behind each other.
+
+  SDPA gets a mask of all tokens by all tokens then.
+  """
+  flat = way_of(job) in (PADDING_FREE, PACKED)
+  there = transformers.utils.is_flash_attn_2_available()
+  if flat and there and device_of(job) == "cuda":
+    return "flash_attention_2"
+  return "sdpa"
+
+
+def settings(
+  job: Job, rows: int, steps: int, longest: int, folder: str
+) -> SFTConfig:
+  """Of a trainer that runs so many rows in each step."""
+  together = at_once(job, rows)
+  if rows % together:
+    raise ValueError(
+      f"a step's {rows} documents are no multiple of batch={together}"
+    )
+  packing = way_of(job) == PACKED
   return SFTConfig(
     output_dir=folder,
     max_steps=steps,
-    per_device_train_batch_size=at_once,
-    gradient_accumulation_steps=documents // at_once,
-    padding_free=job.contestant == PADDING_FREE,
+    per_device_train_batch_size=together,
+    gradient_accumulation_steps=rows // together,
+    padding_free=way_of(job) == PADDING_FREE,
+    packing=packing,
     # Nothing is cut; documents are prepared already.
-    max_length=None,
+    max_length=longest if packing else None,
     dataset_kwargs={"skip_prepare_dataset": True},
     train_sampling_strategy="sequential",
     lr_scheduler_type="constant",
@@ -96,23 +172,27 @@ def settings(job: Job, documents: int, steps: int, folder: str) -> SFTConfig:
 
 def run(job: Job, folder: pathlib.Path) -> dict[str, Any]:
   """As `peers_torch.run`."""
-  model = build(job, folder)
-  steps = read_documents(folder, job)
-  count = len(steps[0])
-  ids = [d.tolist() for documents in steps for d in documents]
+  model = build(job, folder, attention_of(job))
+  disable_progress_bars()
+  documents = read_documents(folder, job)
+  longest = max(len(d) for step in documents for d in step)
+  steps = [rows_of(step, way_of(job), longest) for step in documents]
+  if way_of(job) == PACKED:
+    steps = even(steps)
   optimizer: torch.optim.Optimizer
   if job.update:
     optimizer = adamw(model, job)
   else:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-  row = torch.tensor(ids[0], device=device_of(job))[None]
+    optimizer = torch.optim.SGD([p for _, p in trained(model)], lr=0.0)
+  ids = steps[0][0]["input_ids"]
+  row = torch.tensor(ids, device=device_of(job))[None]
   warm(model, make_step(model, plain(model, job), optimizer), optimizer, row)
   clock = Clock()
   with tempfile.TemporaryDirectory() as out:
     trainer = Trainer(
       model=model,
-      args=settings(job, count, len(steps), out),
-      train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+      args=settings(job, len(steps[0]), len(steps), longest, out),
+      train_dataset=Dataset.from_list([r for rows in steps for r in rows]),
       processing_class=tokenizer(job.sizes.vocab),
       callbacks=[clock],
       optimizers=(

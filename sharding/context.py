@@ -37,7 +37,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxchunk.kernels.attention.api import grouped_attention
+from jaxchunk.kernels.attention.api import grouped_attention, merge
 from jaxchunk.kernels.attention.backends import BACKENDS, passes
 from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.kernels.vma import match_primal, vary_like
@@ -296,15 +296,7 @@ class _Partial(NamedTuple):
   def merged(self, o: Array, lse: Array, span: slice) -> "_Partial":
     """With attention of the queries in `span` over other keys."""
     old_o, old_lse = self.o[..., span, :], self.lse[..., span]
-    top = jnp.maximum(old_lse, lse)
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    old, new = jnp.exp(old_lse - top), jnp.exp(lse - top)
-    total = old + new
-    some = total > 0
-    safe = jnp.where(some, total, 1)
-    both = (old / safe)[..., None] * old_o
-    both += (new / safe)[..., None] * o.astype(old_o.dtype)
-    both_lse = jnp.where(some, top + jnp.log(safe), -jnp.inf)
+    both, both_lse = merge(old_o, old_lse, o.astype(old_o.dtype), lse)
     return _Partial(
       self.o.at[..., span, :].set(both), self.lse.at[..., span].set(both_lse)
     )

@@ -84,6 +84,8 @@ def draw(monkeypatch):
 @pytest.fixture(scope="module")
 def whole_run(make_config, tmp_path_factory):
   """A run that was not interrupted."""
+  # Other files may have compiled its programs in this process.
+  jax.clear_caches()
   folder = tmp_path_factory.mktemp("runs") / "whole"
   loop.train(make_config(), folder)
   return folder

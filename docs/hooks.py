@@ -36,6 +36,8 @@ _PACKAGES = {
   "training": "jaxchunk.training",
   "evaluation": "jaxchunk.evaluation",
   "inference": "jaxchunk.inference",
+  "interop": "jaxchunk.interop",
+  "sharding": "jaxchunk.sharding",
   "attention": "jaxchunk.kernels.attention",
   "paged_attention": "jaxchunk.kernels.paged_attention",
   "cross_entropy": "jaxchunk.kernels.cross_entropy",

@@ -26,10 +26,9 @@ dealt out: `order="zigzag"` gives each one part from either end (as Llama 3),
 leaves them as they are. `device_order` says which token lies where.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,144 +40,17 @@ from jaxchunk.kernels.attention.api import grouped_attention, merge
 from jaxchunk.kernels.attention.backends import BACKENDS, passes
 from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.kernels.vma import match_primal, vary_like
-
-Order = Literal["contiguous", "zigzag", "striped"]
-_ORDERS = ("contiguous", "zigzag", "striped")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AllGather:
-  """All keys and values come to every device.
-
-  Attributes:
-    order: How tokens are dealt out: "contiguous" or "zigzag".
-  """
-
-  order: Order = "contiguous"
-
-  def __post_init__(self) -> None:
-    _check_order(self, ("contiguous", "zigzag"))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ring:
-  """Keys and values go around.
-
-  Attributes:
-    order: How tokens are dealt out.
-  """
-
-  order: Order = "zigzag"
-
-  def __post_init__(self) -> None:
-    _check_order(self, _ORDERS)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenRing:
-  """Queries go around, partial outputs back.
-
-  Attributes:
-    order: How tokens are dealt out.
-  """
-
-  order: Order = "zigzag"
-
-  def __post_init__(self) -> None:
-    _check_order(self, _ORDERS)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ulysses:
-  """Each device gets all tokens of some heads. Tokens are "contiguous"."""
-
-  order: Order = "contiguous"
-
-  def __post_init__(self) -> None:
-    _check_order(self, ("contiguous",))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class USP:
-  """Ulysses among neighbours, and a ring around their groups.
-
-  Attributes:
-    heads: Devices of a group, among which heads are dealt out.
-    order: How tokens are dealt out to the groups.
-  """
-
-  heads: int
-  order: Order = "zigzag"
-
-  def __post_init__(self) -> None:
-    if not isinstance(self.heads, int) or self.heads < 1:
-      raise ValueError(f"USP(heads={self.heads!r}) must be a positive integer")
-    _check_order(self, _ORDERS)
-
-
-Scheme = AllGather | Ring | TokenRing | Ulysses | USP
-
-
-def _check_order(scheme: Any, known: tuple[str, ...]) -> None:
-  if scheme.order not in known:
-    raise ValueError(
-      f"{type(scheme).__name__}(order={scheme.order!r}) is not one of "
-      f"{list(known)}"
-    )
-
-
-def device_order(
-  length: int, devices: int, scheme: Scheme
-) -> Int[np.ndarray, " S"]:
-  """Which token lies where: device n holds the n-th part of the result.
-
-  Args:
-    length: S, tokens of the whole sequence.
-    devices: P, of the axis.
-    scheme: How they attend.
-
-  Returns:
-    Positions; `x[..., device_order(...)]`, cut into P parts, is what the
-    devices hold, and `argsort` of it leads back.
-
-  Raises:
-    ValueError: The parts would not be equal; names the next length that fits.
-  """
-  ranks = _ranks(scheme, devices)
-  if length % _grain(scheme, devices):
-    grain = _grain(scheme, devices)
-    raise ValueError(
-      f"a sequence of {length} tokens cannot be dealt out to {devices} devices "
-      f"by {scheme}: it must be a multiple of {grain}; pad it to "
-      f"{-(-length // grain) * grain}"
-    )
-  positions = np.arange(length)
-  if scheme.order == "striped":
-    return positions.reshape(-1, ranks).T.reshape(-1)
-  if scheme.order == "zigzag":
-    pieces = positions.reshape(2 * ranks, -1)
-    pairs = [(n, 2 * ranks - 1 - n) for n in range(ranks)]
-    return np.concatenate([pieces[n] for pair in pairs for n in pair])
-  return positions
-
-
-def _ranks(scheme: Scheme, devices: int) -> int:
-  """Among how many tokens are dealt out."""
-  if not isinstance(scheme, USP):
-    return devices
-  if devices % scheme.heads:
-    fits = [n for n in range(scheme.heads, 0, -1) if devices % n == 0]
-    raise ValueError(
-      f"USP(heads={scheme.heads}) does not divide the {devices} devices of the "
-      f"axis; the nearest that does is {fits[0]}"
-    )
-  return devices // scheme.heads
-
-
-def _grain(scheme: Scheme, devices: int) -> int:
-  """What the length must be a multiple of."""
-  pieces = 2 * _ranks(scheme, devices) if scheme.order == "zigzag" else 1
-  return int(np.lcm(devices, pieces))
+from jaxchunk.sharding.schemes import (
+  USP,
+  AllGather,
+  Order,
+  Ring,
+  Scheme,
+  TokenRing,
+  Ulysses,
+  device_order,
+  ring_ranks,
+)
 
 
 class _Settings(NamedTuple):
@@ -552,7 +424,7 @@ def context_attention(
     NotImplementedError: A window with striped tokens.
   """
   devices = lax.axis_size(axis)
-  ranks = _ranks(scheme, devices)
+  ranks = ring_ranks(scheme, devices)
   if implementation not in BACKENDS:
     raise ValueError(
       f"implementation={implementation!r} is not one of {list(BACKENDS)}"

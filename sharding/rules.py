@@ -6,7 +6,7 @@ rules or the sizes, never the model.
 """
 
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from jax.sharding import PartitionSpec
 
@@ -71,7 +71,7 @@ class Rules(Mapping[str, tuple[str, ...]]):
       )
     return self._rules[name]
 
-  def __iter__(self) -> "Iterable[str]":  # type: ignore[override]
+  def __iter__(self) -> Iterator[str]:
     return iter(self._rules)
 
   def __len__(self) -> int:

@@ -39,7 +39,7 @@ class _Visitors(NamedTuple):
 class KVContext(KVPrefix):
   """Keys and values of every P-th token: attention over all of an axis.
 
-  To be used inside `jax.shard_map`, on lanes in `context.device_order` of a
+  To be used inside `jax.shard_map`, on lanes in `schemes.device_order` of a
   "striped" scheme. Memory per token, as of `KVPrefix`, is divided by P.
 
   Attributes:

@@ -24,13 +24,14 @@ from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.cost import plan_cost
 from jaxchunk.chunking.executor import Options, Sums
 from jaxchunk.chunking.lanes import LaneArrays, capacity_chunks, pad_lane
+from jaxchunk.chunking.memory import Strategy
 from jaxchunk.chunking.ops import Stage
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.kernels.state import KVPrefix, KVWindow
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.transformer import Transformer
-from jaxchunk.sharding.context import Ring, device_order
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.schemes import Ring, device_order
 from jaxchunk.sharding.state import KVContext
 from jaxchunk.types import Example
 
@@ -39,8 +40,8 @@ _STRIPED = Ring(order="striped")
 _NOWHERE = PartitionSpec()
 
 
-def check_layout(layout: Layout, options: Options) -> None:
-  """Whether lanes can run so.
+def check_layout(layout: Layout, options: Options) -> Strategy:
+  """Whether lanes can run so; the strategy that they run by.
 
   Raises:
     ValueError: Chunks cannot be dealt out evenly; names a size that can.
@@ -65,6 +66,7 @@ def check_layout(layout: Layout, options: Options) -> None:
     raise NotImplementedError(f"{options.strategy} with a layout")
   if options.kv_memory == "host":
     raise NotImplementedError("kv_memory='host' with a layout")
+  return options.strategy
 
 
 def accumulate_over(
@@ -97,7 +99,7 @@ def accumulate_over(
     ValueError: A token is not in the vocabulary, or as `check_layout`.
     NotImplementedError: As `check_layout`.
   """
-  check_layout(layout, options)
+  strategy = check_layout(layout, options)
   mesh = layout.mesh() if mesh is None else mesh
   everywhere = NamedSharding(mesh, _NOWHERE)
   model, rng = jax.device_put((model, rng), everywhere)
@@ -106,7 +108,7 @@ def accumulate_over(
     model.cfg,
     plan,
     live_chunks=options.live_chunks,
-    strategy=options.strategy,  # type: ignore[arg-type]
+    strategy=strategy,
   )
   groups = balanced(costs.lanes, layout.data)
   totals = _zeros(mesh, options)(model)

@@ -7,8 +7,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxchunk import targets
-from jaxchunk.sharding.context import Ring, TokenRing, context_attention
+from jaxchunk.sharding.context import context_attention
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.schemes import Ring, TokenRing
 
 _DEVICES = {
   "v5e": ("pallas_tpu", "tpu_custom_call", lambda: targets.tpu("v5e:2x2")),

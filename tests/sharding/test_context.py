@@ -11,16 +11,16 @@ from jax.sharding import PartitionSpec as P
 
 from jaxchunk.kernels.attention.api import grouped_attention
 from jaxchunk.kernels.attention.mask import AttentionMask
-from jaxchunk.sharding.context import (
+from jaxchunk.sharding.context import context_attention
+from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.schemes import (
   USP,
   AllGather,
   Ring,
   TokenRing,
   Ulysses,
-  context_attention,
   device_order,
 )
-from jaxchunk.sharding.mesh import Layout
 
 SCHEMES = [
   AllGather(),

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from jaxchunk.chunking import chunk_outer, layer_outer
 from jaxchunk.chunking.executor import make_options
 from jaxchunk.kernels.vma import vary_like
-from jaxchunk.sharding.context import Ring, device_order
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.schemes import Ring, device_order
 from jaxchunk.sharding.state import KVContext
 from tests.chunking.conftest import PLAIN, build
 from tests.sharding.test_lanes_in_shard_map import lanes

@@ -119,6 +119,7 @@ def test_other_ways_to_train(config, tmp_path, draw, options):
 
 def test_a_run_from_start_to_end(config, tmp_path, monkeypatch, draw, capsys):
   monkeypatch.setattr(report, "draw", draw)
+  jax.clear_caches()  # Another test may have compiled the same programs.
   result = loop.train(config, tmp_path / "run")
   assert result.step == 8
   assert result.stopped_by is None

@@ -12,9 +12,11 @@ Three things then need care, and they are silent errors with the check off:
 Outside a shard_map nothing varies, and values are returned as they are.
 """
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Tree = TypeVar("Tree")
@@ -38,13 +40,32 @@ def vary_like(value: Tree, *references: Any) -> Tree:
   Returns:
     `value`, unchanged outside a shard_map.
   """
-  axes = varying_axes(*references)
+  return vary(value, varying_axes(*references))
 
-  def vary(leaf: jax.Array) -> jax.Array:
-    missing = tuple(sorted(axes - varying_axes(leaf)))
+
+def vary(value: Tree, axes: Iterable[str]) -> Tree:
+  """Makes every array of `value` vary over mesh axes, if it does not yet."""
+  wanted = frozenset(axes)
+
+  def vary_leaf(leaf: jax.Array) -> jax.Array:
+    missing = tuple(sorted(wanted - varying_axes(leaf)))
     return lax.pcast(leaf, missing, to="varying") if missing else leaf
 
-  return jax.tree.map(vary, value) if axes else value
+  return jax.tree.map(vary_leaf, value) if wanted else value
+
+
+def zeros_like_type(
+  kind: jax.ShapeDtypeStruct, leading: tuple[int, ...] = ()
+) -> jax.Array:
+  """Zeros that vary as a result of `jax.eval_shape` does.
+
+  Args:
+    kind: Shape and dtype, from inside the same shard_map.
+    leading: Axes in front of its own.
+  """
+  zeros = jnp.zeros((*leading, *kind.shape), kind.dtype)
+  axes = kind.manual_axis_type
+  return zeros if axes is None else vary(zeros, axes.varying)
 
 
 def output(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxchunk.sharding.rules import AXES, Rules
 
@@ -47,6 +47,8 @@ class Layout:
     slices: TPU slices, or hosts of GPUs, that are joined by a slower network;
       they divide `slices_over`.
     slices_over: The axis that spans them.
+    gather: Where parameters that lanes share are gathered: "layer" by layer,
+      where each is used, or all of them once a "step".
     rules: What splits each logical axis of an array.
 
   Raises:
@@ -61,6 +63,7 @@ class Layout:
   tensor: int = 1
   slices: int = 1
   slices_over: Literal["stage", "data", "fsdp"] = "data"
+  gather: Literal["layer", "step"] = "layer"
   rules: Rules = dataclasses.field(default_factory=Rules)
 
   def __post_init__(self) -> None:
@@ -72,6 +75,10 @@ class Layout:
       raise ValueError(
         f"layout.slices_over={self.slices_over!r}: only stage, data or fsdp "
         "may span slices; the others talk in every layer"
+      )
+    if self.gather not in ("layer", "step"):
+      raise ValueError(
+        f"layout.gather={self.gather!r} is not one of ['layer', 'step']"
       )
     spanning = getattr(self, self.slices_over)
     if spanning % self.slices:
@@ -148,10 +155,18 @@ class Layout:
     shape: Sequence[int],
     name: str = "an array",
   ) -> NamedSharding:
-    """Where an array lies.
+    """Where an array lies: `spec` on a mesh from `mesh`."""
+    return NamedSharding(mesh, self.spec(axes, shape, name))
+
+  def spec(
+    self,
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    name: str = "an array",
+  ) -> PartitionSpec:
+    """How an array is split, leaving out mesh axes of one device.
 
     Args:
-      mesh: From `mesh`.
       axes: Logical axes of the array.
       shape: Its shape.
       name: What to call it in a message.
@@ -159,9 +174,12 @@ class Layout:
     Raises:
       ValueError: An axis cannot be split evenly; names it and the sizes.
     """
-    spec = self.rules.spec(axes)
-    for logical, size, split in zip(axes, shape, spec, strict=True):
-      names = (split,) if isinstance(split, str) else split or ()
+    entries: list[str | tuple[str, ...] | None] = []
+    whole = self.rules.spec(axes)
+    for logical, size, split in zip(axes, shape, whole, strict=True):
+      named = (split,) if isinstance(split, str) else split or ()
+      names = tuple(axis for axis in named if self.shape[axis] > 1)
+      entries.append(names[0] if len(names) == 1 else names or None)
       parts = math.prod(self.shape[axis] for axis in names)
       if size % parts:
         fits = [n for n in range(parts, 0, -1) if size % n == 0]
@@ -169,7 +187,7 @@ class Layout:
           f"{name} has {size} along {logical!r}, which {' x '.join(names)} = "
           f"{parts} does not divide; the nearest that does is {fits[0]}"
         )
-    return NamedSharding(mesh, spec)
+    return PartitionSpec(*entries)
 
   def table(self) -> str:
     """One line for every axis of more than one device, and for the rules."""

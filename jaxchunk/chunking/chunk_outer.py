@@ -97,9 +97,8 @@ def lane_gradient(
   slots = stage.init_slots(model, chunk(0), count)
   outputs = jnp.zeros((count, batch, size, model.cfg.d_model), model.cfg.dtype)
   cotangents = stage.zero_cotangents(states)
-  states, slots, outputs, cotangents, totals = vary_like(
-    (states, slots, outputs, cotangents, totals), model, lane, num_chunks
-  )
+  slots, outputs, totals = vary_like((slots, outputs, totals), lane, num_chunks)
+  states, cotangents = vary_like((states, cotangents), model, lane, num_chunks)
 
   if live < capacity:
     states = lax.fori_loop(0, first, drop, states)
@@ -179,8 +178,9 @@ def lane_map(
   def first() -> Any:
     x = jnp.zeros((batch, size, model.cfg.d_model), model.cfg.dtype)
     here = chunk_of(model, lane, 0, size)
-    return score(model, here, vary_like(x, model, lane))
+    return score(with_head, here, vary_like(x, lane))
 
+  with_head = stage.shards.with_head(model, stage.trainable)
   kinds = jax.eval_shape(first)
   out = jax.tree.map(lambda a: jnp.zeros((batch, length), a.dtype), kinds)
 
@@ -192,7 +192,8 @@ def lane_map(
     def put(whole: Array, part: Array) -> Array:
       return lax.dynamic_update_slice_in_dim(whole, part, i * size, 1)
 
-    return states, jax.tree.map(put, out, score(model, here, x))
+    return states, jax.tree.map(put, out, score(with_head, here, x))
 
-  carry = vary_like((states, out), model, lane, num_chunks)
-  return lax.fori_loop(0, num_chunks, body, carry)[1]
+  states = vary_like(states, model, lane, num_chunks)
+  out = vary_like(out, lane, num_chunks)
+  return lax.fori_loop(0, num_chunks, body, (states, out))[1]

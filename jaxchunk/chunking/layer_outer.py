@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxchunk.chunking.chunk import Lane, chunk_of
 from jaxchunk.chunking.ops import Stage, over_layers, put
+from jaxchunk.chunking.trainable import widened
 from jaxchunk.kernels.vma import vary_like
-from jaxchunk.models.transformer import Transformer, layer_of
+from jaxchunk.models.transformer import Block, Transformer
 
 _BACK = ("F_keep", "B")
 
@@ -53,19 +54,18 @@ def lane_gradient(
   shape = (cfg.num_layers + 1, batch, length, cfg.d_model)
   inputs = jnp.zeros(shape, cfg.dtype)
   share, scratch = _scratch(stage, batch, length)
-  inputs, scratch, totals = vary_like(
-    (inputs, scratch, totals), model, lane, num_chunks
-  )
+  inputs, totals = vary_like((inputs, totals), lane, num_chunks)
+  scratch = vary_like(scratch, model, lane, num_chunks)
 
   def chunk(index: Any) -> Any:
     return chunk_of(model, lane, index, size, rng)
 
   def embed(i: Any, inputs: Array) -> Array:
-    return _store(inputs, 0, i, model.embed_tokens(chunk(i).tokens))
+    return _store(inputs, 0, i, stage.embed(model, chunk(i)))
 
   def forward(position: int, index: Any, carry: Any) -> Any:
     inputs, scratch = carry
-    block = layer_of(model.blocks[position], index)
+    block = stage.layer(model, position, index)
     number = index * period + position
     spec, place = stage.states[position], share[position]
 
@@ -82,14 +82,16 @@ def lane_gradient(
 
   def head(i: Any, read: Any, totals: Any) -> Any:
     (x,), (loss, grads) = read, totals
-    part, dx, grads = stage.head_gradient(model, chunk(i), x, grads)
+    part, dx, grads = stage.head_sums(with_head, chunk(i), x, grads)
     return dx, (loss + part.astype(loss.dtype), grads)
 
   def backward(position: int, index: Any, carry: Any) -> Any:
-    block = layer_of(model.blocks[position], index)
+    block = stage.layer(model, position, index)
     number = index * period + position
     spec, place = stage.states[position], share[position]
     inputs, scratch, (loss, grads) = carry
+    # A part is scattered once for all chunks; what is whole adds up in place.
+    whole = not stage.shards.gathers
 
     def write(i: Any, state: Any) -> Any:
       x = _load(inputs, number, i, size)
@@ -98,7 +100,7 @@ def lane_gradient(
       )
 
     def step(i: Any, read: Any, carry: Any) -> Any:
-      (x, dy), (state, cotangent, grads) = read, carry
+      (x, dy), (state, cotangent, sums) = read, carry
       here = chunk(i)
       _, state, saved = stage.forward_block(
         block, x, here, position, 0, spec.restore(state, i), number
@@ -106,31 +108,50 @@ def lane_gradient(
       dx, cotangent, gradients = stage.backward_block(
         block, dy, saved, here, position, 0, state, cotangent, number
       )
-      grads = stage.trainable.add_layer(grads, position, index, gradients)
-      return dx, (state, cotangent, grads)
+      if whole:
+        sums = stage.add_layer(sums, position, index, gradients)
+      else:
+        sums = [a + b for a, b in zip(sums, gradients, strict=True)]
+      return dx, (state, cotangent, sums)
 
     state = spec.reset(scratch[place])
     state = lax.fori_loop(0, num_chunks, write, state)
     cotangent = vary_like(spec.zero_cotangent(state), state)
     order = _Order(num_chunks, size, reverse=True)
     reads = (number, number + 1)
-    inputs, (state, _, grads) = _sweep(
-      order, inputs, reads, number, step, (state, cotangent, grads)
+    sums = grads if whole else _layer_sums(stage, block, position, lane)
+    inputs, (state, _, sums) = _sweep(
+      order, inputs, reads, number, step, (state, cotangent, sums)
     )
+    grads = sums if whole else stage.add_layer(grads, position, index, sums)
     return inputs, put(scratch, place, state), (loss, grads)
 
   def unembed(i: Any, grads: list[Array]) -> list[Array]:
     dx = _load(inputs, 0, i, size)
-    return stage.trainable.add_embedding(grads, model, chunk(i).tokens, dx)
+    return stage.add_embedding(grads, model, chunk(i), dx)
 
   inputs = lax.fori_loop(0, num_chunks, embed, inputs)
   inputs, scratch = over_layers(model, forward, (inputs, scratch))
   last, order = cfg.num_layers, _Order(num_chunks, size)
-  inputs, totals = _sweep(order, inputs, (last,), last, head, totals)
+  loss, grads = totals
+  with_head, sums = stage.open_head(model, grads)
+  inputs, (loss, sums) = _sweep(
+    order, inputs, (last,), last, head, (loss, sums)
+  )
+  totals = (loss, stage.close_head(grads, sums))
   inputs, _, (loss, grads) = over_layers(
     model, backward, (inputs, scratch, totals), reverse=True
   )
   return loss, lax.fori_loop(0, num_chunks, unembed, grads)
+
+
+def _layer_sums(
+  stage: Stage, block: Block, position: int, lane: Lane
+) -> list[Array]:
+  """Room for the gradients of one layer."""
+  weights, _ = stage.trainable.block(position).split(block)
+  zeros = [jnp.zeros_like(widened(w)) for w in weights]
+  return [vary_like(z, w, lane) for z, w in zip(zeros, weights, strict=True)]
 
 
 def _scratch(

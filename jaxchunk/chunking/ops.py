@@ -8,6 +8,7 @@ in place.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float
 from jaxchunk.chunking.chunk import Chunk
 from jaxchunk.chunking.memory import MemorySpace
 from jaxchunk.chunking.scores import weighted_sum
+from jaxchunk.chunking.shards import Shards
 from jaxchunk.chunking.trainable import Trainable, widened
 from jaxchunk.kernels.cross_entropy.api import (
   linear_cross_entropy_with_grad,
@@ -30,14 +32,10 @@ from jaxchunk.kernels.state import (
   SequenceState,
 )
 from jaxchunk.kernels.state_host import KVHost
-from jaxchunk.kernels.vma import vary_like
+from jaxchunk.kernels.vma import vary_like, varying_axes, zeros_like_type
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.tape import Tape
-from jaxchunk.models.transformer import (
-  Block,
-  Transformer,
-  layer_of,
-)
+from jaxchunk.models.transformer import Block, Transformer
 
 # What a slot holds of each layer: "all" the products that the backward reads,
 # or only the layer's input and attention's output ("inputs"), from which the
@@ -85,12 +83,46 @@ class Stage:
     states: The sequence state of each position of the window pattern.
     trainable: Which parameters get gradients.
     keep: What a slot holds.
+    shards: How the parameters are split over devices.
   """
 
   chunk_size: int
   states: tuple[SequenceState, ...]
   trainable: Trainable
   keep: Keep = "all"
+  shards: Shards = dataclasses.field(default_factory=Shards)
+
+  def layer(self, model: Transformer, position: int, index: Any) -> Block:
+    """Layer `index` (may be traced) at a position of the window pattern."""
+    return self.shards.layer(model, position, index)
+
+  def embed(self, model: Transformer, chunk: Chunk) -> Float[Array, "B C D"]:
+    """The input of the first layer."""
+    return self.shards.embed(model, self.trainable, chunk.tokens)
+
+  def add_layer(
+    self,
+    grads: list[Array],
+    position: int,
+    index: Any,
+    gradients: list[Array],
+  ) -> list[Array]:
+    """Adds the gradients of a layer, of which others may have parts."""
+    parts = self.shards.scatter_layer(self.trainable, position, gradients)
+    return self.trainable.add_layer(grads, position, index, parts)
+
+  def add_embedding(
+    self,
+    grads: list[Array],
+    model: Transformer,
+    chunk: Chunk,
+    dx: Float[Array, "B C D"],
+  ) -> list[Array]:
+    """Adds the gradient of `embed`."""
+    rows, dx = self.shards.embedding_rows(
+      model, self.trainable, chunk.tokens, dx
+    )
+    return self.trainable.add_embedding(grads, model, rows, dx)
 
   def forward_block(
     self,
@@ -236,27 +268,22 @@ class Stage:
   def init_slots(self, model: Transformer, chunk: Chunk, count: int) -> Slots:
     """Empty slots for `count` chunks: `[count, layers, ...]` each array."""
     cfg = model.cfg
-    shape = (*chunk.tokens.shape, cfg.d_model)
+    x = jnp.zeros((*chunk.tokens.shape, cfg.d_model), cfg.dtype)
+    x = vary_like(x, chunk)
     slots = []
-    for position, stack in enumerate(model.blocks):
-      layers = cfg.layers_of(position)
+    for position in range(len(model.blocks)):
+      leading = (count, cfg.layers_of(position))
 
-      def one_layer(
-        x: Array, position: int = position, stack: Block = stack
-      ) -> dict[str, Any]:
+      def one_layer(x: Array, position: int = position) -> dict[str, Any]:
         capacity = chunk.place.lane_segment_ids.shape[1]
-        state = self.states[position].init(1, shape[0], capacity)
-        block = layer_of(stack, 0)
+        state = self.states[position].init(1, x.shape[0], capacity)
+        state = vary_like(state, model, chunk)
+        block = self.layer(model, position, 0)
         return self.forward_block(block, x, chunk, position, 0, state, 0)[2]
 
-      saved = jax.eval_shape(one_layer, jax.ShapeDtypeStruct(shape, cfg.dtype))
+      saved = jax.eval_shape(one_layer, x)
       slots.append(
-        jax.tree.map(
-          lambda a, layers=layers: jnp.zeros(
-            (count, layers, *a.shape), a.dtype
-          ),
-          saved,
-        )
+        jax.tree.map(functools.partial(zeros_like_type, leading=leading), saved)
       )
     return tuple(slots)
 
@@ -283,7 +310,7 @@ class Stage:
 
     def layer(position: int, index: Any, carry: Any) -> Any:
       x, states, slots = carry
-      block = layer_of(model.blocks[position], index)
+      block = self.layer(model, position, index)
       number = index * len(model.blocks) + position
       x, state, saved = self.forward_block(
         block, x, chunk, position, index, states[position], number
@@ -296,8 +323,8 @@ class Stage:
         slots = put(slots, position, kept)
       return x, states, slots
 
-    x = model.embed_tokens(chunk.tokens)
-    x, states, slots = vary_like((x, states, slots), model, chunk)
+    x = vary_like(self.embed(model, chunk), chunk)
+    states = vary_like(states, model, chunk)
     return over_layers(model, layer, (x, states, slots))
 
   def backward(
@@ -329,7 +356,7 @@ class Stage:
 
     def layer(position: int, index: Any, carry: Any) -> Any:
       dx, cotangents, grads = carry
-      block = layer_of(model.blocks[position], index)
+      block = self.layer(model, position, index)
       saved = jax.tree.map(lambda a: _load(a, slot, index), slots[position])
       dx, cotangent, gradients = self.backward_block(
         block,
@@ -343,14 +370,14 @@ class Stage:
         index * len(model.blocks) + position,
       )
       cotangents = put(cotangents, position, cotangent)
-      grads = self.trainable.add_layer(grads, position, index, gradients)
+      grads = self.add_layer(grads, position, index, gradients)
       return dx, cotangents, grads
 
-    carry = vary_like((dx, cotangents, grads), model, chunk, dx)
+    dx, grads = vary_like((dx, grads), chunk, dx)
+    cotangents = vary_like(cotangents, model, chunk, dx)
+    carry = (dx, cotangents, grads)
     dx, cotangents, grads = over_layers(model, layer, carry, reverse=True)
-    return cotangents, self.trainable.add_embedding(
-      grads, model, chunk.tokens, dx
-    )
+    return cotangents, self.add_embedding(grads, model, chunk, dx)
 
   def head_gradient(
     self,
@@ -361,6 +388,8 @@ class Stage:
   ) -> tuple[Array, Array, list[Array]]:
     """Loss of a chunk and its gradient, in one pass over the vocabulary.
 
+    The same as `open_head`, `head_sums` and `close_head`.
+
     Args:
       model: The parameters.
       chunk: The chunk; its weights are the cotangents of the tokens' nll.
@@ -370,6 +399,39 @@ class Stage:
     Returns:
       `(sum(weights * nll), dx, grads)`.
     """
+    whole, sums = self.open_head(model, grads)
+    loss, dx, sums = self.head_sums(whole, chunk, x, sums)
+    return loss, dx, self.close_head(grads, sums)
+
+  def open_head(
+    self, model: Transformer, grads: list[Array]
+  ) -> tuple[Transformer, list[Array]]:
+    """The model with its head whole, and accumulators with room for that."""
+    whole = self.shards.with_head(model, self.trainable)
+    accumulator = self.trainable.unembed_accumulator(grads)
+    if accumulator is None or not self.shards.gathers:
+      return whole, grads
+    room = jnp.zeros(whole.unembed.shape, accumulator.dtype)
+    room = vary_like(room, accumulator)
+    return whole, self.trainable.set_unembed(grads, room)
+
+  def close_head(self, grads: list[Array], sums: list[Array]) -> list[Array]:
+    """The accumulators, with what `head_sums` added up behind `open_head`."""
+    old = self.trainable.unembed_accumulator(grads)
+    new = self.trainable.unembed_accumulator(sums)
+    if old is None or new is None or not self.shards.gathers:
+      return sums
+    part = self.shards.scatter_head(self.trainable, new)
+    return self.trainable.set_unembed(sums, old + part)
+
+  def head_sums(
+    self,
+    model: Transformer,
+    chunk: Chunk,
+    x: Float[Array, "B C D"],
+    grads: list[Array],
+  ) -> tuple[Array, Array, list[Array]]:
+    """`head_gradient` between `open_head` and `close_head`."""
 
     def norm(weights: list[Array], x: Array) -> Array:
       return rebuild(weights)(x)
@@ -378,6 +440,7 @@ class Stage:
     weights = [widened(w) for w in weights]
     h, norm_vjp = jax.vjp(norm, weights, x)
     accumulator = self.trainable.unembed_accumulator(grads)
+    split = varying_axes(model.unembed) - varying_axes(h)
     nll, _, dh, accumulator = linear_cross_entropy_with_grad(
       h,
       model.unembed,
@@ -385,6 +448,7 @@ class Stage:
       chunk.weights,
       softcap=model.cfg.logit_softcap,
       dw_init=accumulator,
+      axis=min(split, default=None),
     )
     d_norm, dx = norm_vjp(dh)
     grads = self.trainable.set_unembed(grads, accumulator)

@@ -1,15 +1,17 @@
-"""Lanes over a mesh: each group of devices runs its own, without waiting.
+"""Lanes over a mesh: chunk programs on the devices of a layout.
 
-The lanes of a batch are dealt out to the groups of a layout by what they cost,
-the costliest first. Inside a group a lane lies on the devices of the axis
-"context", every P-th token on each. Groups share no collective while lanes run,
-so each goes on as soon as it is done; their sums are added up once, at the end.
-Every device holds the parameters and fp32 gradients.
+The lanes of a batch are dealt out to groups of devices (`turns`). Inside a
+group a lane lies on the devices of the axis "context", every P-th token on
+each, and each layer's heads and widths on those of "tensor". Groups with whole
+parameters share no collective while lanes run; those that share parameters
+("fsdp") gather them layer by layer in step, or all at once before the first
+lane. Each device adds up its own sums, in the parts that it keeps; they are
+added up over devices once, at the end.
 """
 
 import dataclasses
 import functools
-import heapq
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,44 +19,58 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxchunk.chunking import executor
+from jaxchunk.chunking import chunk_outer, executor
 from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.cost import plan_cost
 from jaxchunk.chunking.executor import Options, Sums
-from jaxchunk.chunking.lanes import LaneArrays, capacity_chunks, pad_lane
+from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.memory import Strategy
 from jaxchunk.chunking.ops import Stage
+from jaxchunk.chunking.scores import weighted_sum
+from jaxchunk.chunking.shards import Shards, axis_names
 from jaxchunk.chunking.spaco import SpaCO
+from jaxchunk.chunking.turns import (
+  GROUPS,
+  SEQUENCE,
+  Turn,
+  lane_specs,
+  make_turns,
+  place,
+)
 from jaxchunk.kernels.state import KVPrefix, KVWindow
 from jaxchunk.kernels.vma import vary_like
+from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
-from jaxchunk.sharding.schemes import Ring, device_order
 from jaxchunk.sharding.state import KVContext
 from jaxchunk.types import Example
 
-_SEQUENCE = "context"
-_STRIPED = Ring(order="striped")
 _NOWHERE = PartitionSpec()
+# Devices along these have gradients of their own.
+_SUMMED = (*GROUPS, SEQUENCE)
 
 
-def check_layout(layout: Layout, options: Options) -> Strategy:
+def check_layout(
+  layout: Layout, cfg: ModelConfig, options: Options
+) -> Strategy:
   """Whether lanes can run so; the strategy that they run by.
 
   Raises:
-    ValueError: Chunks cannot be dealt out evenly; names a size that can.
-    NotImplementedError: The layout splits more than lanes and sequences, or
-      does not go with the options.
+    ValueError: Chunks or heads cannot be dealt out evenly; names a size that
+      can.
+    NotImplementedError: The layout has stages or experts, or does not go with
+      the options.
   """
-  for axis in ("stage", "fsdp", "expert", "tensor"):
+  for axis in ("stage", "expert"):
     if (size := getattr(layout, axis)) > 1:
-      groups = layout.num_devices // layout.context
-      near = Layout(data=groups, context=layout.context)
+      near = dataclasses.replace(
+        layout, **{axis: 1, "data": layout.data * size}
+      )
       raise NotImplementedError(
-        f"layout.{axis}={size}: chunks run over the axes 'data' and 'context' "
-        f"so far; the nearest layout is {near}"
+        f"layout.{axis}={size}: chunks do not run over it so far; the nearest "
+        f"layout is {near}"
       )
   size, devices = options.chunk_size, layout.context
   if size % devices:
@@ -62,11 +78,83 @@ def check_layout(layout: Layout, options: Options) -> Strategy:
       f"chunk_size={size} cannot be dealt out to layout.context={devices} "
       f"devices; take {-(-size // devices) * devices}"
     )
+  _check_heads(layout, cfg)
   if isinstance(options.strategy, SpaCO):
     raise NotImplementedError(f"{options.strategy} with a layout")
   if options.kv_memory == "host":
     raise NotImplementedError("kv_memory='host' with a layout")
   return options.strategy
+
+
+def _check_heads(layout: Layout, cfg: ModelConfig) -> None:
+  heads, parts = cfg.kv_heads, layout.tensor
+  if heads % parts:
+    fits = math.gcd(heads, parts)
+    near = dataclasses.replace(
+      layout, tensor=fits, context=layout.context * parts // fits
+    )
+    raise ValueError(
+      f"layout.tensor={parts} does not divide num_kv_heads={heads}; the "
+      f"nearest layout is {near}"
+    )
+  if parts > 1 and cfg.qk_norm and cfg.qk_norm_over != "head":
+    raise NotImplementedError(
+      f"layout.tensor={parts} with qk_norm_over={cfg.qk_norm_over!r}: its "
+      "norm needs all heads of a token; use 'context' or 'fsdp'"
+    )
+
+
+def place_model(
+  layout: Layout, model: Transformer, mesh: Mesh | None = None
+) -> Transformer:
+  """The model on the devices of a layout, each with its parts.
+
+  Args:
+    layout: What splits what.
+    model: The model.
+    mesh: From `layout.mesh`; by default of all devices.
+
+  Raises:
+    ValueError: A parameter cannot be split evenly; names it.
+    NotImplementedError: The model is quantized, and would be split.
+  """
+  mesh = layout.mesh() if mesh is None else mesh
+  return _put_model(model, Shards.of(model, layout), mesh)
+
+
+def _put_model(model: Transformer, shards: Shards, mesh: Mesh) -> Transformer:
+  leaves, treedef = jax.tree.flatten(model)
+  placed = jax.device_put(leaves, _shardings(shards, len(leaves), mesh))
+  return jax.tree.unflatten(treedef, placed)
+
+
+def _shardings(shards: Shards, leaves: int, mesh: Mesh) -> list[NamedSharding]:
+  return [NamedSharding(mesh, shards.spec(n)) for n in range(leaves)]
+
+
+class _Ready:
+  """What a call needs beside its lanes: the parameters where they are used.
+
+  Attributes:
+    stored: How the model is kept, and gradients come out.
+    shards: How programs take it.
+    model: The model so.
+    rng: Of dropout, everywhere.
+  """
+
+  def __init__(
+    self,
+    layout: Layout,
+    model: Transformer,
+    mesh: Mesh,
+    rng: PRNGKeyArray | None = None,
+  ):
+    self.stored = Shards.of(model, layout)
+    self.shards = self.stored
+    if layout.gather == "step":
+      self.shards = self.stored.gathered()
+    self.model = _put_model(model, self.shards, mesh)
+    self.rng = jax.device_put(rng, NamedSharding(mesh, _NOWHERE))
 
 
 def accumulate_over(
@@ -84,25 +172,24 @@ def accumulate_over(
   process calls it with the same examples.
 
   Args:
-    layout: How many groups have lanes of their own ("data"), and how many
-      devices share a lane ("context").
-    model: The model; it is copied to all devices if it is not there.
+    layout: What the devices share, and what each has alone.
+    model: The model; it is put there if it is not there (`place_model`).
     examples: Sequences of any length.
     options: From `make_options`.
     mesh: From `layout.mesh`; by default of all devices.
     rng: As in `accumulate`.
 
   Returns:
-    The sums, on all devices.
+    The sums; each gradient is split as its parameter is.
 
   Raises:
-    ValueError: A token is not in the vocabulary, or as `check_layout`.
+    ValueError: A token is not in the vocabulary, or as `check_layout` and
+      `place_model`.
     NotImplementedError: As `check_layout`.
   """
-  strategy = check_layout(layout, options)
+  strategy = check_layout(layout, model.cfg, options)
   mesh = layout.mesh() if mesh is None else mesh
-  everywhere = NamedSharding(mesh, _NOWHERE)
-  model, rng = jax.device_put((model, rng), everywhere)
+  ready = _Ready(layout, model, mesh, rng)
   plan, lanes = executor.plan_lanes(model, examples, options.chunk_size)
   costs = plan_cost(
     model.cfg,
@@ -110,17 +197,22 @@ def accumulate_over(
     live_chunks=options.live_chunks,
     strategy=strategy,
   )
-  groups = balanced(costs.lanes, layout.data)
-  totals = _zeros(mesh, options)(model)
-  for number in range(max(map(len, groups))):
-    turn = [
-      lanes[group[number]] if number < len(group) else None for group in groups
-    ]
-    lane, counts = _placed(model, turn, options.chunk_size, mesh)
+  chunks = [lane.num_chunks for lane in lanes]
+  turns = make_turns(layout, ready.shards.lockstep, costs.lanes, chunks)
+  totals = _zeros(mesh, options, ready.shards)(ready.model)
+  for turn in turns:
+    lane, counts = place(model, turn, lanes, options.chunk_size, mesh)
     totals = _program(
-      model, lane, counts, totals, rng, options=options, mesh=mesh
+      ready.model,
+      lane,
+      counts,
+      totals,
+      ready.rng,
+      options=options,
+      mesh=mesh,
+      shards=ready.shards,
     )
-  loss, grads = _added(everywhere)(totals)
+  loss, grads = _added(mesh, options, ready.stored)(totals)
   weight = executor.weight_of(examples)
   return Sums(loss, weight, options.trainable.state(grads), plan)
 
@@ -147,97 +239,140 @@ def warm_up_over(
   Returns:
     How many programs there are.
   """
-  check_layout(layout, options)
+  check_layout(layout, model.cfg, options)
   mesh = layout.mesh() if mesh is None else mesh
-  everywhere = NamedSharding(mesh, _NOWHERE)
-  model, rng = jax.device_put((model, rng), everywhere)
+  ready = _Ready(layout, model, mesh, rng)
   token = np.zeros(1, np.int32)
   example = Example(token, token, np.zeros(1, np.float32))
-  _, (lane,) = executor.plan_lanes(model, [example], options.chunk_size)
-  totals = _zeros(mesh, options)(model)
+  _, lanes = executor.plan_lanes(model, [example], options.chunk_size)
+  groups = math.prod(getattr(layout, axis) for axis in GROUPS)
+  turn = Turn((0,) * groups, (1,) * groups)
+  totals = _zeros(mesh, options, ready.shards)(ready.model)
   top = capacity_chunks(-(-longest // options.chunk_size))
   capacities = [1 << n for n in range(top.bit_length())]
   for capacity in capacities:
-    placed, counts = _placed(
-      model, [lane] * layout.data, options.chunk_size, mesh, capacity
-    )
+    lane, counts = place(model, turn, lanes, options.chunk_size, mesh, capacity)
     totals = _program(
-      model, placed, counts, totals, rng, options=options, mesh=mesh
+      ready.model,
+      lane,
+      counts,
+      totals,
+      ready.rng,
+      options=options,
+      mesh=mesh,
+      shards=ready.shards,
     )
-  jax.block_until_ready(_added(everywhere)(totals))
+  jax.block_until_ready(_added(mesh, options, ready.stored)(totals))
   return len(capacities)
 
 
-def balanced(costs: Sequence[int], groups: int) -> list[list[int]]:
-  """Deals lanes out by longest processing time (Graham, 1969).
+def loss_sum_over(
+  layout: Layout,
+  model: Transformer,
+  examples: Sequence[Example],
+  options: Options,
+  *,
+  mesh: Mesh | None = None,
+) -> Float[Array, ""]:
+  """`executor.loss_sum` over the devices of a layout; see `accumulate_over`."""
+  check_layout(layout, model.cfg, options)
+  mesh = layout.mesh() if mesh is None else mesh
+  ready = _Ready(layout, model, mesh)
+  plan, lanes = executor.plan_lanes(model, examples, options.chunk_size)
+  costs = plan_cost(
+    model.cfg, plan, live_chunks=options.live_chunks, strategy="chunk_outer"
+  )
+  chunks = [lane.num_chunks for lane in lanes]
+  total: Any = None
+  for turn in make_turns(layout, ready.shards.lockstep, costs.lanes, chunks):
+    lane, counts = place(model, turn, lanes, options.chunk_size, mesh)
+    part = _loss_program(
+      ready.model,
+      lane,
+      counts,
+      options=options,
+      mesh=mesh,
+      shards=ready.shards,
+    )
+    total = part if total is None else _sum(total, part)
+  return total
+
+
+def lower_over(
+  layout: Layout,
+  model: Transformer,
+  capacity: int,
+  options: Options,
+  *,
+  mesh: Mesh | None = None,
+) -> jax.stages.Lowered:
+  """The program for a lane of each group, not yet compiled.
 
   Args:
-    costs: Of each lane.
-    groups: How many get some.
+    layout: As in `accumulate_over`.
+    model: The model, real or abstract.
+    capacity: Tokens of each lane; rounded up to a power of two of chunks.
+    options: From `make_options`.
+    mesh: Of the devices to compile for, which need not be there.
 
   Returns:
-    The lanes of each group, the costliest first: what the costliest group has
-    is at most 4/3 of the least that is possible.
+    The lowered program; its accumulators are donated.
+
+  Raises:
+    ValueError: As `accumulate_over`.
+    NotImplementedError: As `accumulate_over`.
   """
-  heap = [(0, group) for group in range(groups)]
-  dealt: list[list[int]] = [[] for _ in range(groups)]
-  for lane in sorted(range(len(costs)), key=lambda n: -costs[n]):
-    total, group = heapq.heappop(heap)
-    dealt[group].append(lane)
-    heapq.heappush(heap, (total + costs[lane], group))
-  return dealt
+  check_layout(layout, model.cfg, options)
+  mesh = layout.mesh() if mesh is None else mesh
+  shards = Shards.of(model, layout)
+  if layout.gather == "step":
+    shards = shards.gathered()
 
+  def shape(
+    shape: Sequence[int], dtype: Any, spec: PartitionSpec
+  ) -> jax.ShapeDtypeStruct:
+    sharding = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
-def _placed(
-  model: Transformer,
-  chosen: Sequence[LaneArrays | None],
-  chunk_size: int,
-  mesh: Mesh,
-  chunks: int = 1,
-) -> tuple[Lane, Array]:
-  """A lane for each group, or none, in the room of the longest.
-
-  Args:
-    model: The model.
-    chosen: The lanes.
-    chunk_size: C.
-    mesh: Where to.
-    chunks: The least room.
-  """
-  most = max(lane.num_chunks for lane in chosen if lane is not None)
-  length = capacity_chunks(max(most, chunks)) * chunk_size
-  devices = mesh.shape[_SEQUENCE]
-  wide = np.dtype(jnp.promote_types(model.cfg.dtype, jnp.float32))
-  rows = NamedSharding(mesh, PartitionSpec("data", _SEQUENCE))
-
-  def field(name: str) -> Array:
-    dtype = wide if name == "weights" else np.dtype(np.int32)
-    whole = np.zeros((len(chosen), length), dtype)
-    for row, lane in zip(whole, chosen, strict=True):
-      if lane is not None:
-        row[:] = getattr(pad_lane(lane, length), name)
-    whole = whole[:, device_order(length, devices, _STRIPED)]
-    return _put(whole, rows)
-
-  names = [field.name for field in dataclasses.fields(Lane)]
-  # A group without a lane runs one chunk of padding.
-  counts = np.asarray([1 if c is None else c.num_chunks for c in chosen])
-  counts = counts.astype(np.int32)
-  by_group = NamedSharding(mesh, PartitionSpec("data"))
-  return Lane(**{name: field(name) for name in names}), _put(counts, by_group)
-
-
-def _put(whole: np.ndarray[Any, Any], sharding: NamedSharding) -> Array:
-  """Each process puts what its own devices need."""
-  # On purpose; jax takes the callback's result for an accident.
-  with jax.transfer_guard_host_to_device("allow"):
-    return jax.make_array_from_callback(
-      whole.shape, sharding, whole.__getitem__
+  leaves, treedef = jax.tree.flatten(model)
+  leaves = [
+    shape(a.shape, a.dtype, shards.spec(n)) for n, a in enumerate(leaves)
+  ]
+  model = jax.tree.unflatten(treedef, leaves)
+  chunks = capacity_chunks(-(-int(capacity) // options.chunk_size))
+  groups = math.prod(mesh.shape[axis] for axis in GROUPS)
+  rows, by_group = lane_specs()
+  wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+  size = (groups, chunks * options.chunk_size)
+  fields: Any = {
+    field.name: shape(
+      size, wide if field.name == "weights" else jnp.int32, rows
     )
+    for field in dataclasses.fields(Lane)
+  }
+  counts = shape((groups,), jnp.int32, by_group)
+  totals = jax.eval_shape(_make_zeros(mesh, options, shards), model)
+  totals = jax.tree.map(
+    lambda a, spec: shape(a.shape, a.dtype, spec),
+    totals,
+    _total_specs(options, shards),
+  )
+  return _program.lower(
+    model,
+    Lane(**fields),
+    counts,
+    totals,
+    None,
+    options=options,
+    mesh=mesh,
+    shards=shards,
+  )
 
 
 @functools.partial(
-  jax.jit, static_argnames=("options", "mesh"), donate_argnames=("totals",)
+  jax.jit,
+  static_argnames=("options", "mesh", "shards"),
+  donate_argnames=("totals",),
 )
 def _program(
   model: Transformer,
@@ -248,64 +383,140 @@ def _program(
   *,
   options: Options,
   mesh: Mesh,
+  shards: Shards,
 ) -> Any:
   """Adds a lane of each group to the totals of its devices."""
-  stage = _shared(options.stage(model.cfg), mesh.shape[_SEQUENCE])
+  stage = _local_stage(options, model.cfg, mesh, shards)
+  leaves, treedef = jax.tree.flatten(model)
 
-  def local(model: Any, lane: Any, count: Any, totals: Any, rng: Any) -> Any:
+  def local(leaves: Any, lane: Any, counts: Any, totals: Any, rng: Any) -> Any:
     totals = jax.tree.map(lambda a: a[0], totals)
     # Parameters that vary keep the loops free of sums over the devices.
-    model = vary_like(model, lane)
+    model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
     sums = executor.lane_gradient(
-      stage, options, model, lane, count[0], totals, rng
+      stage, options, model, lane, counts[0], totals, rng
     )
     return jax.tree.map(lambda a: a[None], sums)
 
-  per_device = PartitionSpec(("data", _SEQUENCE))
-  rows = PartitionSpec("data", _SEQUENCE)
+  specs = [shards.spec(n) for n in range(len(leaves))]
+  total_specs = _total_specs(options, shards)
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(_NOWHERE, rows, PartitionSpec("data"), per_device, _NOWHERE),
-    out_specs=per_device,
+    in_specs=(specs, *lane_specs(), total_specs, _NOWHERE),
+    out_specs=total_specs,
     check_vma=True,
-  )(model, lane, counts, totals, rng)
+  )(leaves, lane, counts, totals, rng)
 
 
-def _shared(stage: Stage, devices: int) -> Stage:
-  """The stage of one device of those that share a lane."""
-  if devices == 1:
-    return stage
-  size = stage.chunk_size // devices
+@functools.partial(jax.jit, static_argnames=("options", "mesh", "shards"))
+def _loss_program(
+  model: Transformer,
+  lane: Lane,
+  counts: Array,
+  *,
+  options: Options,
+  mesh: Mesh,
+  shards: Shards,
+) -> Array:
+  """`sum(weights * nll)` of a lane of each group, added up."""
+  stage = _local_stage(options, model.cfg, mesh, shards)
+  leaves, treedef = jax.tree.flatten(model)
+
+  def local(leaves: Any, lane: Any, counts: Any) -> Any:
+    model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
+    nll = chunk_outer.lane_nll(stage, model, lane, counts[0])
+    return jax.lax.psum(weighted_sum(lane.weights, nll), _SUMMED)
+
+  specs = [shards.spec(n) for n in range(len(leaves))]
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(specs, *lane_specs()),
+    out_specs=_NOWHERE,
+    check_vma=True,
+  )(leaves, lane, counts)
+
+
+@jax.jit
+def _sum(a: Array, b: Array) -> Array:
+  return a + b
+
+
+def _local_stage(
+  options: Options, cfg: ModelConfig, mesh: Mesh, shards: Shards
+) -> Stage:
+  """The stage of one device: its part of each chunk, and of the heads."""
+  stage = options.stage(cfg)
+  size = stage.chunk_size // mesh.shape[SEQUENCE]
   states = []
   for state in stage.states:
     assert isinstance(state, KVPrefix)
-    fields = {
-      field.name: getattr(state, field.name)
-      for field in dataclasses.fields(KVPrefix)
-    }
-    window = state.window if isinstance(state, KVWindow) else None
-    fields |= {"chunk_size": size, "window": window, "axis": _SEQUENCE}
-    states.append(KVContext(**fields))
-  return dataclasses.replace(stage, chunk_size=size, states=tuple(states))
+    heads = state.num_kv_heads // mesh.shape["tensor"]
+    local = dataclasses.replace(state, num_kv_heads=heads, chunk_size=size)
+    if mesh.shape[SEQUENCE] > 1:
+      local = _over_context(local)
+    states.append(local)
+  return dataclasses.replace(
+    stage, chunk_size=size, states=tuple(states), shards=shards
+  )
 
 
-@functools.cache
-def _zeros(mesh: Mesh, options: Options) -> Any:
-  """Totals of each device, in front of everything else."""
-  per_device = NamedSharding(mesh, PartitionSpec(("data", _SEQUENCE)))
-  count = mesh.shape["data"] * mesh.shape[_SEQUENCE]
+def _over_context(state: KVPrefix) -> KVContext:
+  fields = {
+    field.name: getattr(state, field.name)
+    for field in dataclasses.fields(KVPrefix)
+  }
+  window = state.window if isinstance(state, KVWindow) else None
+  return KVContext(**fields | {"window": window, "axis": SEQUENCE})
+
+
+def _total_specs(options: Options, shards: Shards) -> Any:
+  """How totals are split: in front, by the devices that have their own."""
+
+  def total(spec: PartitionSpec) -> PartitionSpec:
+    used = {name for split in spec for name in axis_names(split)}
+    return PartitionSpec(tuple(a for a in _SUMMED if a not in used), *spec)
+
+  chosen = options.trainable.chosen
+  specs = [shards.spec(n) for n, mine in enumerate(chosen) if mine]
+  return total(_NOWHERE), [total(spec) for spec in specs]
+
+
+def _make_zeros(mesh: Mesh, options: Options, shards: Shards) -> Any:
+  specs = _total_specs(options, shards)
 
   def zeros(model: Transformer) -> Any:
     totals = executor.zero_totals(model, options.trainable)
-    return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype), totals)
 
-  return jax.jit(zeros, out_shardings=per_device)
+    def each(a: Array, spec: PartitionSpec) -> Array:
+      count = math.prod(mesh.shape[axis] for axis in axis_names(spec[0]))
+      return jnp.zeros((count, *a.shape), a.dtype)
+
+    return jax.tree.map(each, totals, specs)
+
+  return zeros
 
 
 @functools.cache
-def _added(everywhere: NamedSharding) -> Any:
+def _zeros(mesh: Mesh, options: Options, shards: Shards) -> Any:
+  """Totals of each device, in front of everything else."""
+  shardings = jax.tree.map(
+    functools.partial(NamedSharding, mesh),
+    _total_specs(options, shards),
+  )
+  return jax.jit(_make_zeros(mesh, options, shards), out_shardings=shardings)
+
+
+@functools.cache
+def _added(mesh: Mesh, options: Options, stored: Shards) -> Any:
+  """The sums of totals over devices, split as parameters are kept."""
+  chosen = options.trainable.chosen
+  places = _shardings(stored, len(chosen), mesh)
+  wanted = [p for p, mine in zip(places, chosen, strict=True) if mine]
+
   def add(totals: Any) -> Any:
     return jax.tree.map(lambda a: jnp.sum(a, 0), totals)
 
-  return jax.jit(add, out_shardings=everywhere)
+  everywhere = NamedSharding(mesh, _NOWHERE)
+  return jax.jit(add, out_shardings=(everywhere, wanted))

@@ -8,20 +8,28 @@ from jaxtyping import Array, Float
 
 from jaxchunk.chunking.chunk import Chunk
 from jaxchunk.kernels.cross_entropy.api import linear_cross_entropy
+from jaxchunk.kernels.cross_entropy.xla import over_parts, own_labels
+from jaxchunk.kernels.vma import varying_axes
 from jaxchunk.models.transformer import Transformer
 
 
 def chunk_nll(
   model: Transformer, chunk: Chunk, x: Float[Array, "B C D"]
 ) -> Float[Array, "B C"]:
-  """Negative log-likelihood of each target, from the last layer's output."""
-  nll, _ = linear_cross_entropy(
-    model.final_norm(x),
-    model.unembed,
-    chunk.targets,
-    softcap=model.cfg.logit_softcap,
+  """Negative log-likelihood of each target, from the last layer's output.
+
+  Inside a `jax.shard_map` the head may be a part of the vocabulary.
+  """
+  h, w, targets = model.final_norm(x), model.unembed, chunk.targets
+  split = varying_axes(w) - varying_axes(h)
+  here = None
+  if split:
+    (axis,) = split
+    targets, here = own_labels(targets, w.shape[0], axis)
+  nll, lse = linear_cross_entropy(
+    h, w, targets, softcap=model.cfg.logit_softcap
   )
-  return nll
+  return nll if here is None else over_parts(nll, lse, here, axis)[0]
 
 
 class TokenScores(NamedTuple):

@@ -1,8 +1,8 @@
 """Which parameters get gradients, and the accumulators of their gradients."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxchunk.models.transformer import Transformer
+
+Leaf = TypeVar("Leaf")
 
 
 def widened(a: Array) -> Array:
@@ -158,8 +160,8 @@ class Trainable:
     self,
     grads: list[Array],
     model: Transformer,
-    tokens: Int[Array, "B C"],
-    dx: Float[Array, "B C D"],
+    tokens: Int[Array, "*B C"],
+    dx: Float[Array, "*B C D"],
   ) -> list[Array]:
     """Adds the gradient of `Transformer.embed_tokens`, row by row."""
     for place in self._places("embed"):
@@ -185,9 +187,25 @@ class Trainable:
       return grads
     return [accumulator if n == place else g for n, g in enumerate(grads)]
 
+  @property
+  def embed_leaf(self) -> int:
+    """Where the embedding is among the leaves of the model."""
+    return self.paths.index(("embed",))
+
+  @property
+  def unembed_leaf(self) -> int:
+    """Where the head's matrix is: the embedding's, when tied."""
+    paths = self.paths
+    return paths.index(("head",)) if ("head",) in paths else self.embed_leaf
+
+  def under(self, leaves: Sequence[Leaf], *prefix: Any) -> list[Leaf]:
+    """Of what there is one for each leaf, that of the trainable ones here."""
+    size = len(prefix)
+    triples = zip(self.paths, self.chosen, leaves, strict=True)
+    return [x for p, mine, x in triples if mine and p[:size] == prefix]
+
   def _unembed_place(self) -> int | None:
-    tied = not any(path[0] == "head" for path in self.paths)
-    places = self._places("embed" if tied else "head")
+    places = self._places(*self.paths[self.unembed_leaf])
     return places[0] if places else None
 
   def _wanted(self) -> list[tuple[Any, ...]]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
+from jaxchunk.kernels.vma import match_primal
 from jaxchunk.models.quantized import Matrix, widened
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -94,7 +95,10 @@ class Adapter(nnx.Module):
     """DoRA's factor on the output; its norm counts as a constant."""
     if self.magnitude is None:
       return None
-    norms = column_norms(jax.lax.stop_gradient(self._sum(kernel)))
+    square = jnp.sum(jnp.square(self._sum(kernel)), axis=0)
+    # Of a part of the rows: the parts are added up.
+    square = match_primal(jax.lax.stop_gradient(square), self.magnitude[...])
+    norms = jnp.sqrt(square)
     return jnp.asarray(self.magnitude[...] / norms)
 
   def _sum(self, kernel: Matrix) -> Float[Array, "in out"]:

@@ -36,7 +36,14 @@ class Tape:
     self.saved: dict[str, Array] = dict(saved or {})
 
   def product(
-    self, name: str, spec: str, x: Array, w: Matrix, *, keep: bool = True
+    self,
+    name: str,
+    spec: str,
+    x: Array,
+    w: Matrix,
+    *,
+    keep: bool = True,
+    like: Array | None = None,
   ) -> Array:
     """`einsum(spec, x, w)` in x's dtype.
 
@@ -47,16 +54,18 @@ class Tape:
       w: Weights; cast to x's dtype, differentiated in at least fp32. Quantized
         ones are widened where they are used, and have no gradient.
       keep: Whether the backward pass reads the output.
+      like: What the output varies like, inside a `jax.shard_map` whose devices
+        have parts of what is summed: the parts' products are added up.
 
     Returns:
       The product, computed or given back.
     """
-    if self._replay:
-      if name in self.saved:
-        return _replayed(spec, self.saved[name], x, w)
-      return _product(spec, x, w)
+    if self._replay and name in self.saved:
+      return _replayed(spec, self.saved[name], x, w)
     y = _product(spec, x, w)
-    if keep:
+    if like is not None:
+      y = match_primal(y, like)
+    if keep and not self._replay:
       self.saved[name] = y
     return y
 
@@ -71,6 +80,7 @@ class Tape:
     *,
     scale: float,
     keep: bool = True,
+    like: Array | None = None,
   ) -> Array:
     """`einsum(spec, x, w + scale * a @ b)` in x's dtype, without that sum.
 
@@ -84,6 +94,7 @@ class Tape:
       b: `[R,out]`.
       scale: A factor.
       keep: As in `product`.
+      like: As in `product`.
 
     Returns:
       The product, computed or given back.
@@ -91,6 +102,8 @@ class Tape:
     if self._replay and name in self.saved:
       return _adapted_replayed(spec, scale, self.saved[name], x, w, a, b)
     y = _adapted(spec, scale, x, w, a, b)
+    if like is not None:
+      y = match_primal(y, like)
     if keep and not self._replay:
       self.saved[name] = y
     return y

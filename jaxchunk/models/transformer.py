@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxchunk.kernels.attention.api import grouped_attention
 from jaxchunk.kernels.attention.mask import AttentionMask
+from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.dropout import DropoutKeys, dropout
 from jaxchunk.models.lora import Adapter
@@ -80,6 +81,7 @@ class Linear(nnx.Module):
     shape: tuple[int, ...],
     *,
     keep: bool = True,
+    like: Array | None = None,
   ) -> Array:
     """`einsum(spec, x, kernel.reshape(shape))`, with the adapter's part.
 
@@ -89,13 +91,16 @@ class Linear(nnx.Module):
       x: Activations.
       shape: Of the matrix in `spec`; first what is summed, then what is not.
       keep: Whether the backward pass reads the output.
+      like: As in `Tape.product`.
 
     Returns:
       The product, without the bias.
     """
     matrix = self.matrix
     if self.adapter is None:
-      return tape.product(self.name, spec, x, matrix.reshape(shape), keep=keep)
+      return tape.product(
+        self.name, spec, x, matrix.reshape(shape), keep=keep, like=like
+      )
     factor = self.adapter.column_factor(matrix)
     y = tape.adapted_product(
       self.name,
@@ -106,6 +111,7 @@ class Linear(nnx.Module):
       self.adapter.b[...],
       scale=self.adapter.scale,
       keep=keep or factor is not None,
+      like=like,
     )
     if factor is None:
       return y
@@ -155,7 +161,12 @@ class Norm(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One layer: attention and a gated MLP, each with norms around it."""
+  """One layer: attention and a gated MLP, each with norms around it.
+
+  Inside a `jax.shard_map` its matrices may be parts, split by heads and by the
+  MLP's width: then q, k, v are those of the device's heads, and what goes
+  from layer to layer is the same on every device.
+  """
 
   def __init__(self, cfg: ModelConfig, window: int | None, rngs: nnx.Rngs):
     self.cfg = cfg
@@ -194,8 +205,11 @@ class Block(nnx.Module):
   ]:
     """Queries, keys and values of a stretch of tokens, rotated."""
     cfg = self.cfg
-    K, H = cfg.kv_heads, cfg.head_width
+    H, G = cfg.head_width, cfg.num_heads // cfg.kv_heads
+    K = self.k.matrix.shape[-1] // H
     h = x if self.attention_norm is None else self.attention_norm(x)
+    # Here, so that the gradients of h by q, k and v are added up as one.
+    h = vary_like(h, self.q.matrix)
 
     def project(linear: Linear, heads: str, *sizes: int, keep: bool) -> Array:
       spec = f"BTD,D{heads}H->B{heads}TH"
@@ -204,7 +218,7 @@ class Block(nnx.Module):
       return linear.add_bias(spec, y, shape)
 
     # Attention's backward reads q; k is in the sequence state by then.
-    q = project(self.q, "KG", K, cfg.num_heads // K, keep=True)
+    q = project(self.q, "KG", K, G, keep=True)
     k = project(self.k, "K", K, keep=cfg.qk_norm)
     v = project(self.v, "K", K, keep=False)
     if self.q_norm is not None and self.k_norm is not None:
@@ -224,16 +238,18 @@ class Block(nnx.Module):
     """The layer's output from its input and the output of attention."""
     cfg = self.cfg
     K, G, H = o.shape[1], o.shape[2], o.shape[4]
-    D, F = cfg.d_model, cfg.d_ff
-    y = self.o(tape, "BKGTH,KGHD->BTD", o, (K, G, H, D))
+    D, F = cfg.d_model, self.gate.matrix.shape[-1]
+    y = self.o(tape, "BKGTH,KGHD->BTD", o, (K, G, H, D), like=x)
     if self.attention_post_norm is not None:
       y = self.attention_post_norm(y)
     x = x + dropout(y, cfg.dropout, keys, site=0)
     h = x if self.mlp_norm is None else self.mlp_norm(x)
+    h = vary_like(h, self.gate.matrix)
     gate = self.gate(tape, "BTD,DF->BTF", h, (D, F))
     up = self.up(tape, "BTD,DF->BTF", h, (D, F))
     h = _ACTIVATIONS[cfg.activation](gate) * up
-    y = self.down(tape, "BTF,FD->BTD", h, (F, D), keep=cfg.post_norms)
+    keep = cfg.post_norms
+    y = self.down(tape, "BTF,FD->BTD", h, (F, D), keep=keep, like=x)
     if self.mlp_post_norm is not None:
       y = self.mlp_post_norm(y)
     return x + dropout(y, cfg.dropout, keys, site=1)
@@ -379,7 +395,13 @@ class Transformer(nnx.Module):
 
   def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Token embeddings in the compute dtype."""
-    x = self.embed[...][tokens].astype(self.cfg.dtype)
+    return self.scale_embeddings(self.embed[...][tokens])
+
+  def scale_embeddings(
+    self, rows: Float[Array, "B T D"]
+  ) -> Float[Array, "B T D"]:
+    """Rows of `embed` as the first layer takes them."""
+    x = rows.astype(self.cfg.dtype)
     if self.cfg.scale_embeddings:
       # Rounded to the compute dtype first, as the published models do.
       x = x * jnp.asarray(self.cfg.d_model**0.5, x.dtype)

@@ -85,6 +85,7 @@ def linear_cross_entropy_with_grad(
   *,
   softcap: float | None = None,
   dw_init: Float[Array, "V D"] | None,
+  axis: str | None = None,
   implementation: Implementation | None = None,
 ) -> tuple[
   Float[Array, "*B T"],
@@ -119,6 +120,9 @@ def linear_cross_entropy_with_grad(
     softcap: Bounds the logits to (-softcap, softcap).
     dw_init: fp32 or fp64 `[V, D]` to add the gradient of `w` to. `None` where
       `w` is frozen: its gradient is not computed.
+    axis: Inside `jax.shard_map`, the mesh axis whose devices hold parts of the
+      vocabulary: `w` is this device's, labels are of the whole, nll, lse and
+      dx come out over all parts, the same on each device. "xla" only.
     implementation: As `linear_cross_entropy`. "pallas_tpu" computes the logits
       three times, "pallas_gpu" twice.
 
@@ -131,7 +135,9 @@ def linear_cross_entropy_with_grad(
       or weights or dw_init do not fit.
     NotImplementedError: As `linear_cross_entropy`.
   """
-  x, w, labels = jnp.asarray(x), jnp.asarray(w), _checked_labels(labels, w)
+  if axis is None:
+    labels = _checked_labels(labels, w)
+  x, w, labels = jnp.asarray(x), jnp.asarray(w), jnp.asarray(labels)
   weights = jnp.asarray(weights)
   _check(x, w, labels, softcap)
   if weights.shape != labels.shape or not _is_float(weights):
@@ -150,6 +156,16 @@ def linear_cross_entropy_with_grad(
         f"{w.shape}; got {dw_init.dtype} {dw_init.shape}"
       )
   backend = _choose(implementation)
+  if axis is not None:
+    if backend is not xla:
+      raise NotImplementedError(
+        f"implementation={implementation!r} with axis={axis!r}: only 'xla' "
+        "splits the vocabulary"
+      )
+    nll, lse, dx, dw = xla.linear_cross_entropy_with_grad(
+      x, w, labels, weights, softcap=softcap, dw_init=dw_init, axis=axis
+    )
+    return nll, lse, dx, dw
   nll, lse, dx, dw = backend.linear_cross_entropy_with_grad(
     x, w, labels, weights, softcap=softcap, dw_init=dw_init
   )

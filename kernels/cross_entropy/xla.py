@@ -20,7 +20,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxchunk.kernels.vma import match_primal, vary_like
+from jaxchunk.kernels.vma import (
+  match_primal,
+  vary,
+  vary_like,
+  varying_axes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,7 @@ def linear_cross_entropy_with_grad(
   *,
   softcap: float | None = None,
   dw_init: Float[Array, "V D"] | None,
+  axis: str | None = None,
   blocks: BlockSizes | None = None,
 ) -> tuple[
   Float[Array, "*B T"],
@@ -125,17 +131,27 @@ def linear_cross_entropy_with_grad(
       lax.dynamic_slice_in_dim(a, start, blocks.rows)
       for a in (x_TD, labels_T, weights_T)
     )
+    if axis is not None:
+      labels_R, here_R = own_labels(labels_R, w.shape[0], axis)
     nll_R, lse_R, tiles = _forward_rows(
       softcap, blocks.vocab, x_RD, w, labels_R, keep=blocks.keep
     )
+    g_nll_R, g_lse_R = g_R, jnp.zeros_like(g_R)
+    if axis is not None:
+      nll_R, lse_R = over_parts(nll_R, lse_R, here_R, axis)
+      # Rows whose label is elsewhere still take their share of the softmax.
+      g_nll_R, g_lse_R = jnp.where(here_R, g_R, 0), jnp.where(here_R, 0, g_R)
     dx_RD, dw_VD = _backward_rows(
       softcap,
       blocks.vocab,
       (x_RD, w, labels_R, lse_R, tiles),
-      (g_R, jnp.zeros_like(g_R)),
+      (g_nll_R, g_lse_R),
       fresh,
       dw_VD,
     )
+    if axis is not None:
+      dx_RD = lax.psum(dx_RD, axis)
+    dx_RD = dx_RD.astype(x.dtype)
     return (
       lax.dynamic_update_slice_in_dim(nll_T, nll_R, start, 0),
       lax.dynamic_update_slice_in_dim(lse_T, lse_R, start, 0),
@@ -144,8 +160,10 @@ def linear_cross_entropy_with_grad(
     )
 
   nll = lse = jnp.zeros(rows, wide)
-  carry = vary_like(
-    (nll, lse, jnp.zeros_like(x_TD), dw_init), x, w, labels, weights
+  axes = varying_axes(x, w, labels, weights)
+  carry = (
+    *vary((nll, lse, jnp.zeros_like(x_TD)), axes - {axis}),
+    vary(dw_init, axes),
   )
   nll, lse, dx, dw = _for_blocks(blocks.rows, rows, body, carry)
   shape = labels.shape
@@ -212,6 +230,7 @@ def _cross_entropy_bwd(
       fresh,
       dw_VD,
     )
+    dx_RD = dx_RD.astype(x.dtype)
     return lax.dynamic_update_slice_in_dim(dx_TD, dx_RD, start, 0), dw_VD
 
   empty = (jnp.zeros_like(x), jnp.zeros(w.shape, _wide(x)))
@@ -269,7 +288,7 @@ def _backward_rows(
   fresh: Bool[Array, " R"] | None,
   dw: Float[Array, "V D"] | None,
 ) -> tuple[Float[Array, "R D"], Float[Array, "V D"] | None]:
-  """Returns dx of a row block, and `dw` with the block's share added."""
+  """Returns dx of a row block in fp32, and `dw` with its share added."""
   x, w, labels, lse, kept = residuals
   g_nll, g_lse = cotangents
   vocab = w.shape[0]
@@ -311,7 +330,50 @@ def _backward_rows(
   dx = vary_like(jnp.zeros(x.shape, lse.dtype), x, w, lse, g_nll, g_lse)
   tiles = jnp.arange(math.ceil(vocab / block))
   (dx, dw), _ = lax.scan(body, (dx, dw), (tiles, kept))
-  return dx.astype(x.dtype), dw
+  return dx, dw
+
+
+def own_labels(
+  labels: Int[Array, "*B T"], vocab: int, axis: str
+) -> tuple[Int[Array, "*B T"], Bool[Array, "*B T"]]:
+  """Labels as rows of this device's part of a head, and which are in it.
+
+  Args:
+    labels: Of the whole vocabulary.
+    vocab: Entries of each part.
+    axis: Of the mesh, along which the parts lie in order.
+
+  Returns:
+    Rows in [0, vocab), 0 where the label is elsewhere, and whether it is here.
+  """
+  own = labels - lax.axis_index(axis) * vocab
+  here = (own >= 0) & (own < vocab)
+  return jnp.where(here, own, 0), here
+
+
+def over_parts(
+  nll: Float[Array, "*B T"],
+  lse: Float[Array, "*B T"],
+  here: Bool[Array, "*B T"],
+  axis: str,
+) -> tuple[Float[Array, "*B T"], Float[Array, "*B T"]]:
+  """The nll and lse over all parts of a head, from those of each.
+
+  Args:
+    nll: Of the rows of `own_labels` in this part.
+    lse: Over this part of the vocabulary.
+    here: Whether the label is in this part.
+    axis: As in `own_labels`.
+
+  Returns:
+    The same on every device of the axis; nll is NaN where no part has the
+    label.
+  """
+  top = lax.pmax(lax.stop_gradient(lse), axis)
+  whole = top + jnp.log(lax.psum(jnp.exp(lse - top), axis))
+  picked = lax.psum(jnp.where(here, lse - nll, 0), axis)
+  known = lax.psum(here.astype(jnp.int32), axis) == 1
+  return jnp.where(known, whole - picked, jnp.nan), whole
 
 
 def _logits(

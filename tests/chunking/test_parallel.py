@@ -1,6 +1,8 @@
 """Gradients over the devices of a layout are those of one."""
 
 import dataclasses
+import functools
+import itertools
 
 import jax
 import numpy as np
@@ -8,65 +10,91 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 
 import jaxchunk as jc
-from jaxchunk.chunking.parallel import balanced
+from jaxchunk.chunking import executor, parallel
+from jaxchunk.chunking.shards import Shards
+from jaxchunk.chunking.turns import balanced, make_turns
 from jaxchunk.models.adapters import add_lora
 from jaxchunk.models.lora import LoRA
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.types import Batch
 from tests.chunking.conftest import PLAIN, RICH, build, make_batch
 
-_LONG = ((75, 9, 1), (37, 14), (30, 30))
+# In chunks of 16: lanes of five chunks and of one, two kinds of programs.
+_LONG = ((75, 9, 1), (70, 14))
+_SMALL = dataclasses.replace(PLAIN, vocab_size=64, num_layers=2).frozen()
+# One whole period of the window pattern, and a layer behind it.
+_RICH = dataclasses.replace(RICH, vocab_size=64, num_layers=3).frozen()
 
 
-def compared(model, layout, tolerance, **options):
-  batch = make_batch(_LONG)
-  loss, grads = jc.chunked_value_and_grad(model, batch, **options)
-  got_loss, got = jc.chunked_value_and_grad(
-    model, batch, layout=layout, **options
-  )
+@functools.cache
+def reference(cfg):
+  """Of whole sequences, on one device."""
+  return jc.full_value_and_grad(build(cfg), make_batch(_LONG))
+
+
+def compared(got, want, tolerance):
+  (got_loss, got), (loss, grads) = got, want
   np.testing.assert_allclose(got_loss, loss, rtol=tolerance)
   assert jax.tree.structure(got) == jax.tree.structure(grads)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(grads), strict=True):
     scale = np.abs(b).max()
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale)
-    assert a.sharding.is_fully_replicated
+
+
+def over(layout, model, **options):
+  return jc.chunked_value_and_grad(
+    model, make_batch(_LONG), chunk_size=16, layout=layout, **options
+  )
 
 
 @pytest.mark.parametrize(
-  "layout, cfg, strategy, live_chunks",
+  "layout, cfg, options",
   [
-    (Layout(data=8), PLAIN, "chunk_outer", 1),
-    (Layout(context=8), PLAIN, "layer_outer", 1),
-    (Layout(data=2, context=4), RICH, "chunk_outer", 2),
+    (Layout(data=8), _SMALL, {}),
+    (Layout(context=8), _SMALL, {"strategy": "layer_outer"}),
+    (Layout(fsdp=8), _SMALL, {}),
+    (Layout(data=4, tensor=2), _SMALL, {"strategy": "layer_outer"}),
+    (Layout(data=2, context=4), _SMALL, {"live_chunks": 2}),
+    (Layout(data=2, fsdp=4), _SMALL, {"strategy": "layer_outer"}),
+    (Layout(fsdp=4, context=2), _SMALL, {"keep": "inputs"}),
+    (Layout(fsdp=4, tensor=2), _RICH, {"strategy": "layer_outer"}),
+    (Layout(fsdp=4, tensor=2, gather="step"), _SMALL, {}),
+    (Layout(context=4, tensor=2), _RICH, {"live_chunks": 0}),
   ],
-  ids=str,
+  ids=lambda value: "rich" if value == _RICH else str(value)[:40],
 )
-def test_every_layout_gives_what_one_device_gives(
-  x64, layout, cfg, strategy, live_chunks
-):
-  model = build(cfg)
-  compared(
-    model,
-    layout,
-    1e-11,
-    chunk_size=16,
-    strategy=strategy,
-    live_chunks=live_chunks,
-  )
+def test_every_layout_gives_what_one_device_gives(x64, layout, cfg, options):
+  got = over(layout, build(cfg), **options)
+  compared(got, reference(cfg), 1e-11)
+  shards = Shards.of(build(cfg), layout).specs or itertools.repeat(())
+  for grad, spec in zip(jax.tree.leaves(got[1]), shards, strict=False):
+    assert grad.sharding.spec == PartitionSpec(*spec)
 
 
 def test_in_fp32_with_dropout_and_adapters():
-  cfg = dataclasses.replace(PLAIN, dropout=0.2)
-  model = add_lora(build(cfg, "float32"), LoRA(rank=2, alpha=4.0))
-  compared(
-    model,
-    Layout(data=4, context=2),
-    1e-5,
-    chunk_size=16,
-    rng=jax.random.key(3),
-    trainable=nnx.LoRAParam,
+  layout = Layout(fsdp=2, context=2, tensor=2)
+  cfg = dataclasses.replace(_SMALL, dropout=0.2)
+  lora = LoRA(rank=2, alpha=4.0, dora=True)
+  model = add_lora(build(cfg, "float32"), lora)
+  options = {"rng": jax.random.key(3), "trainable": nnx.LoRAParam}
+  want = jc.chunked_value_and_grad(
+    model, make_batch(_LONG), chunk_size=16, **options
   )
+  compared(over(layout, model, **options), want, 1e-5)
+
+
+def test_the_loss_alone_over_devices():
+  model = build(_SMALL, "float32")
+  options = executor.make_options(model, chunk_size=16)
+  examples = Batch.of(make_batch(_LONG)).examples()
+  want = executor.loss_sum(model, examples, chunk_size=16)
+  got = parallel.loss_sum_over(
+    Layout(fsdp=2, context=2, tensor=2), model, examples, options
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 @given(
@@ -80,6 +108,27 @@ def test_lanes_are_dealt_out_evenly(costs, groups):
   assert max(loads) <= 4 / 3 * least + max(costs) / 3
 
 
+@given(
+  st.lists(st.integers(1, 9), min_size=1, max_size=30),
+  st.sampled_from(((), ("fsdp",), ("data", "fsdp"))),
+)
+def test_teams_run_as_many_chunks_as_their_longest_lane(chunks, lockstep):
+  layout = Layout(data=3, fsdp=2)
+  turns = make_turns(layout, lockstep, chunks, chunks)
+  run = [n for turn in turns for n in turn.lanes if n is not None]
+  assert sorted(run) == list(range(len(chunks)))
+  for turn in turns:
+    for group, lane in enumerate(turn.lanes):
+      assert turn.counts[group] >= (1 if lane is None else chunks[lane])
+    grid = np.reshape(turn.counts, (3, 2))
+    if "fsdp" in lockstep:
+      assert (grid[:, 0] == grid[:, 1]).all()
+    if "data" in lockstep:
+      assert len(set(turn.counts)) == 1
+    most = max(chunks[n] for n in turn.lanes if n is not None)
+    assert max(turn.counts) == most
+
+
 def test_what_a_layout_cannot_do_is_named():
   model, batch = build(PLAIN, "float32"), make_batch(_LONG)
 
@@ -89,8 +138,14 @@ def test_what_a_layout_cannot_do_is_named():
     )
 
   with pytest.raises(
-    NotImplementedError, match=r"tensor=2: .* is Layout\(data=2, context=4\)"
+    NotImplementedError, match=r"stage=2: .* is Layout\(data=2, context=4\)"
   ):
+    run(Layout(stage=2, context=4))
+  with pytest.raises(
+    ValueError, match=r"num_kv_heads=2; .* is Layout\(context=4, tensor=2\)"
+  ):
+    run(Layout(context=2, tensor=4))
+  with pytest.raises(ValueError, match=r"embed has 61 along 'vocab'.* is 1"):
     run(Layout(context=4, tensor=2))
   with pytest.raises(ValueError, match=r"chunk_size=12 .*=8 devices; take 16"):
     run(Layout(context=8), chunk_size=12)

@@ -1,0 +1,215 @@
+"""Parameters of which each device holds a part, inside a `jax.shard_map`.
+
+An axis of a parameter is split in one of two ways. Along "tensor" the parts
+are used as they are: heads, the MLP's width, the vocabulary. Along the others
+(FSDP) a parameter is gathered where it is used, a layer at a time, and its
+gradient is added up and scattered where it was computed; of embeddings the
+tokens travel instead.
+
+Source: ZeRO (arXiv 1910.02054), stage 3; Megatron-LM (arXiv 1909.08053).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxchunk.chunking.trainable import Trainable
+from jaxchunk.kernels.cross_entropy.xla import own_labels
+from jaxchunk.models.axes import parameter_axes
+from jaxchunk.models.transformer import Block, Transformer, layer_of
+from jaxchunk.sharding.mesh import Layout
+
+_USED_IN_PARTS = ("tensor", "expert")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+  """How the parameters of a model are split; by default they are whole.
+
+  Attributes:
+    specs: Of every leaf of the model, in order, without axes of one device.
+  """
+
+  specs: tuple[PartitionSpec, ...] = ()
+
+  @classmethod
+  def of(cls, model: Transformer, layout: Layout) -> "Shards":
+    """How a layout splits a model where its parameters are kept.
+
+    Raises:
+      ValueError: A parameter cannot be split evenly; names it.
+      NotImplementedError: The model is quantized, and would be split.
+    """
+    if layout.fsdp == layout.tensor == layout.expert == 1:
+      return cls()
+    paths = nnx.to_flat_state(nnx.state(model)).paths
+    leaves = jax.tree.leaves(model)
+    known = zip(paths, parameter_axes(model), leaves, strict=True)
+    return cls(
+      tuple(
+        layout.spec(axes, leaf.shape, "/".join(map(str, path)))
+        for path, axes, leaf in known
+      )
+    )
+
+  def gathered(self) -> "Shards":
+    """As they are where all that can be gathered is."""
+    if not self.gathers:
+      return self
+    return Shards(tuple(map(_without_gathered, self.specs)))
+
+  def spec(self, leaf: int) -> PartitionSpec:
+    """Of a leaf of the model."""
+    return self.specs[leaf] if self.specs else PartitionSpec()
+
+  @property
+  def lockstep(self) -> frozenset[str]:
+    """The mesh axes along which devices must gather together."""
+    splits = [split for spec in self.specs for split in spec]
+    return frozenset(name for split in splits for name in _gathered(split))
+
+  @property
+  def gathers(self) -> bool:
+    """Whether any parameter is gathered where it is used."""
+    return bool(self.lockstep)
+
+  def layer(self, model: Transformer, position: int, index: Any) -> Block:
+    """A layer of the stack at one position of the window pattern, whole."""
+    block = layer_of(model.blocks[position], index)
+    if not self.gathers:
+      return block
+    leaves, treedef = jax.tree.flatten(block)
+    start = sum(len(jax.tree.leaves(b)) for b in model.blocks[:position])
+    specs = self.specs[start : start + len(leaves)]
+    whole = [gather(a, _inner(s)) for a, s in zip(leaves, specs, strict=True)]
+    return jax.tree.unflatten(treedef, whole)
+
+  def scatter_layer(
+    self, trainable: Trainable, position: int, gradients: list[Array]
+  ) -> list[Array]:
+    """This device's parts of a layer's gradients, added up over devices."""
+    if not self.gathers:
+      return gradients
+    specs = trainable.under(self.specs, "blocks", position)
+    pairs = zip(gradients, specs, strict=True)
+    return [scatter(g, _inner(spec)) for g, spec in pairs]
+
+  def with_head(self, model: Transformer, trainable: Trainable) -> Transformer:
+    """The model with the head's matrix as its rows are used."""
+    if not self.gathers:
+      return model
+    leaves, treedef = jax.tree.flatten(model)
+    place = trainable.unembed_leaf
+    leaves[place] = gather(leaves[place], self.specs[place])
+    return jax.tree.unflatten(treedef, leaves)
+
+  def scatter_head(self, trainable: Trainable, gradient: Array) -> Array:
+    """This device's part of the head's gradient, added up over devices."""
+    return scatter(gradient, self.specs[trainable.unembed_leaf])
+
+  def embed(
+    self, model: Transformer, trainable: Trainable, tokens: Int[Array, "B C"]
+  ) -> Float[Array, "B C D"]:
+    """`Transformer.embed_tokens` of this device's tokens.
+
+    The tokens of all go to all, and each device sends back its part of the
+    width: as many bytes as there are in the result.
+    """
+    vocab, width = self._embedding(trainable)
+    if not vocab and not width:
+      return model.embed_tokens(tokens)
+    if width:
+      tokens = lax.all_gather(tokens, width)
+    rows = _rows(model.embed[...], tokens, vocab)
+    if width:
+      rows = lax.all_to_all(rows, width, 0, 2)
+      rows = rows.reshape(*rows.shape[:2], -1)
+    return model.scale_embeddings(rows)
+
+  def embedding_rows(
+    self,
+    model: Transformer,
+    trainable: Trainable,
+    tokens: Int[Array, "B C"],
+    dx: Float[Array, "B C D"],
+  ) -> tuple[Int[Array, "*B C"], Float[Array, "*B C D"]]:
+    """Rows of this device's part of the embedding, and what to add to them.
+
+    Args:
+      model: The parameters.
+      trainable: What has gradients.
+      tokens: Of this device.
+      dx: Cotangent of what `embed` gave for them.
+    """
+    vocab, width = self._embedding(trainable)
+    if width:
+      tokens = lax.all_gather(tokens, width)
+      parts = dx.reshape(*dx.shape[:2], tokens.shape[0], -1)
+      dx = lax.all_to_all(parts, width, 2, 0)
+    for axis in vocab:
+      tokens, here = own_labels(tokens, model.embed[...].shape[0], axis)
+      dx = jnp.where(here[..., None], dx, 0)
+    return tokens, dx
+
+  def _embedding(
+    self, trainable: Trainable
+  ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes that split the vocabulary, and those of the width."""
+    if not self.specs:
+      return (), ()
+    vocab, width = self.specs[trainable.embed_leaf]
+    return axis_names(vocab), axis_names(width)
+
+
+def gather(a: Array, spec: PartitionSpec) -> Array:
+  """The array without its splits, but those that are used in parts."""
+  for dim, split in enumerate(spec):
+    if axes := _gathered(split):
+      a = lax.all_gather(a, axes, axis=dim, tiled=True)
+  return a
+
+
+def scatter(a: Array, spec: PartitionSpec) -> Array:
+  """The sum over devices of what `gather` gave, each its own part of it."""
+  for dim, split in enumerate(spec):
+    if axes := _gathered(split):
+      a = lax.psum_scatter(a, axes, scatter_dimension=dim, tiled=True)
+  return a
+
+
+def _rows(
+  table: Float[Array, "V D"], tokens: Int[Array, "*B C"], vocab: tuple[str, ...]
+) -> Float[Array, "*B C D"]:
+  """`table[tokens]`, where the rows may be on other devices."""
+  for axis in vocab:
+    own, here = own_labels(tokens, table.shape[0], axis)
+    rows = jnp.where(here[..., None], table[own], 0)
+    return lax.psum(rows, axis)
+  return table[tokens]
+
+
+def axis_names(split: Any) -> tuple[str, ...]:
+  """The mesh axes of an entry of a `PartitionSpec`."""
+  return (split,) if isinstance(split, str) else tuple(split or ())
+
+
+def _gathered(split: Any) -> tuple[str, ...]:
+  return tuple(n for n in axis_names(split) if n not in _USED_IN_PARTS)
+
+
+def _without_gathered(spec: PartitionSpec) -> PartitionSpec:
+  kept = [
+    tuple(n for n in axis_names(split) if n in _USED_IN_PARTS) for split in spec
+  ]
+  return PartitionSpec(*[k[0] if len(k) == 1 else k or None for k in kept])
+
+
+def _inner(spec: PartitionSpec) -> PartitionSpec:
+  """Of one layer of a stack."""
+  return PartitionSpec(*spec[1:])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxchunk.chunking.chunk import Lane
@@ -22,7 +23,7 @@ from jaxchunk.chunking.executor import (
 from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.memory import MemorySpace
 from jaxchunk.chunking.ops import Keep
-from jaxchunk.chunking.parallel import accumulate_over
+from jaxchunk.chunking.parallel import accumulate_over, trace_over
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.chunking.trainable import check_trainable
 from jaxchunk.kernels.attention.backends import Backend
@@ -87,8 +88,7 @@ def chunked_value_and_grad(
     kv_memory: "host" keeps keys, values and their gradients in host memory
       and brings those of one chunk at a time to the device ("chunk_outer"
       only): memory on the device does not grow with the sequence.
-    layout: Devices to run on, `Layout(data=4, context=2)`: groups with lanes
-      of their own, and devices that share each sequence. `None` is where the
+    layout: Devices to run on, `Layout(fsdp=4, context=2)`; `None` is where the
       model is.
 
   Returns:
@@ -98,7 +98,7 @@ def chunked_value_and_grad(
 
   Raises:
     ValueError: The batch is malformed or an argument out of range.
-    NotImplementedError: The layout splits more than lanes and sequences.
+    NotImplementedError: The layout does not go with the options.
   """
   check_trainable(model, trainable)
   examples = Batch.of(batch).examples()
@@ -163,6 +163,8 @@ def lower_chunked(
   grad_dtype: str | None = None,
   implementation: Backend | None = None,
   kv_memory: MemorySpace = "device",
+  layout: Layout | None = None,
+  mesh: Mesh | None = None,
 ) -> jax.stages.Lowered:
   """The program for one lane of up to `capacity` tokens, not yet compiled.
 
@@ -181,12 +183,17 @@ def lower_chunked(
     grad_dtype: Of the gradients of keys and values.
     implementation: Of attention.
     kv_memory: Where keys, values and their gradients are.
+    layout: Of the devices, each group of which runs a lane; `None` is one, or
+      where the model is.
+    mesh: `layout.mesh(devices)` of devices that need not be there; by default
+      of all that are.
 
   Returns:
     The lowered program; its accumulators are donated.
 
   Raises:
     ValueError: An argument is out of range.
+    NotImplementedError: The layout does not go with the options.
   """
   check_trainable(model, trainable)
   if not isinstance(capacity, int | np.integer) or capacity < 1:
@@ -202,6 +209,8 @@ def lower_chunked(
     implementation=implementation,
     kv_memory=kv_memory,
   )
+  if layout is not None:
+    return trace_over(layout, model, capacity, options, mesh=mesh).lower()
   lane, number = abstract_lane(model, capacity, options.chunk_size)
   model = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(

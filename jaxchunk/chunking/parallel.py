@@ -298,15 +298,15 @@ def loss_sum_over(
   return total
 
 
-def lower_over(
+def trace_over(
   layout: Layout,
   model: Transformer,
   capacity: int,
   options: Options,
   *,
   mesh: Mesh | None = None,
-) -> jax.stages.Lowered:
-  """The program for a lane of each group, not yet compiled.
+) -> jax.stages.Traced:
+  """The program for a lane of each group, neither lowered nor compiled.
 
   Args:
     layout: As in `accumulate_over`.
@@ -316,7 +316,8 @@ def lower_over(
     mesh: Of the devices to compile for, which need not be there.
 
   Returns:
-    The lowered program; its accumulators are donated.
+    The program, `.lower().compile()` it or count what it sends
+    (`sharding.traffic`); its accumulators are donated.
 
   Raises:
     ValueError: As `accumulate_over`.
@@ -357,7 +358,7 @@ def lower_over(
     totals,
     _total_specs(options, shards),
   )
-  return _program.lower(
+  return _program.trace(
     model,
     Lane(**fields),
     counts,

@@ -26,7 +26,7 @@ from jaxtyping import Array
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.training import config as config_lib
-from jaxchunk.training import initial
+from jaxchunk.training import distributed, initial
 from jaxchunk.training.config import CheckpointConfig, Config
 
 DIRECTORY = "checkpoints"
@@ -74,7 +74,7 @@ def open_manager(
   folder = (workdir / DIRECTORY).absolute()
   # Barriers of named processes go through their coordinator. Others are
   # collectives of the devices, which a thread must not mix with training.
-  processes = jax.process_count()
+  processes = distributed.count()
   together = ocp.options.MultiprocessingOptions(
     active_processes=set(range(processes)) if processes > 1 else None
   )
@@ -200,8 +200,16 @@ def restore(
       all are unreadable.
   """
   workdir = Path(manager.directory).parent
+  patience = config.processes.startup_timeout
+  steps = sorted(manager.all_steps(), reverse=True)
+  distributed.agree(
+    "the processes see different checkpoints",
+    {"steps": steps},
+    timeout=patience,
+  )
   unreadable: dict[int, str] = {}
-  for step in sorted(manager.all_steps(), reverse=True):
+  for step in steps:
+    restored, problem = None, None
     try:
       meta = _read_meta(manager, step)
       _check_compatible(meta["config"], config, step, workdir)
@@ -210,13 +218,19 @@ def restore(
       raise
     except Exception as error:
       # Tensorstore, json and Orbax raise too many types to list.
-      unreadable[step] = _first_line(error)
-      logging.warning(
-        "CHECKPOINT %d CANNOT BE READ (%s)", step, unreadable[step]
-      )
-      continue
-    _set_aside(manager, unreadable, restored.step)
-    return restored
+      problem = _first_line(error)
+    # What one process cannot read, none may take.
+    problems = distributed.gather(
+      f"restoring checkpoint {step}", problem, timeout=patience
+    )
+    problem = next(filter(None, problems), None)
+    if restored is not None and problem is None:
+      problem = _damage(restored)
+    if restored is not None and problem is None:
+      _set_aside(manager, unreadable, restored.step, patience)
+      return restored
+    unreadable[step] = str(problem)
+    logging.warning("CHECKPOINT %d CANNOT BE READ (%s)", step, problem)
   if unreadable:
     newest = max(unreadable)
     raise CheckpointError(
@@ -248,7 +262,7 @@ def _read_arrays(
   params: Any,
   optimizer: Any,
 ) -> Restored:
-  """Reads and checks arrays; raises anything at all if they are damaged."""
+  """Reads arrays; raises anything at all if they cannot be read."""
   targets = {"params": params}
   if optimizer is not None:
     targets["optimizer"] = optimizer
@@ -259,15 +273,22 @@ def _read_arrays(
     for name, target in targets.items()
   }
   found: Any = manager.restore(step, args=ocp.args.Composite(**items))
-  for name in targets:
-    stored = meta["checksums"][name]
-    read = _named(jax.device_get(checksums(found[name])))
-    wrong = [path for path in read if read[path] != stored.get(path)]
-    if wrong:
-      raise ValueError(
+  return Restored(step, found.params, found.get("optimizer"), meta)
+
+
+def _damage(restored: Restored) -> str | None:
+  """What differs from what was saved; all processes sum together."""
+  for name in ("params", "optimizer"):
+    arrays = getattr(restored, name)
+    if arrays is None:
+      continue
+    stored = restored.meta["checksums"][name]
+    read = _named(jax.device_get(checksums(arrays)))
+    if wrong := [path for path in read if read[path] != stored.get(path)]:
+      return (
         f"the {name} {wrong[:3]} differ from what was saved: damaged on disk"
       )
-  return Restored(step, found.params, found.get("optimizer"), meta)
+  return None
 
 
 def _check_compatible(
@@ -299,9 +320,20 @@ def _check_compatible(
 
 
 def _set_aside(
-  manager: ocp.CheckpointManager, unreadable: Mapping[int, str], good: int
+  manager: ocp.CheckpointManager,
+  unreadable: Mapping[int, str],
+  good: int,
+  patience: float,
 ) -> None:
-  directory = Path(manager.directory)
+  if not unreadable:
+    return
+  if distributed.leads():
+    _move(Path(manager.directory), unreadable, good)
+  distributed.gather("setting checkpoints aside", None, timeout=patience)
+  manager.reload()
+
+
+def _move(directory: Path, unreadable: Mapping[int, str], good: int) -> None:
   aside = directory.parent / SET_ASIDE
   for step in unreadable:
     aside.mkdir(exist_ok=True)
@@ -318,8 +350,6 @@ def _set_aside(
       target,
       good,
     )
-  if unreadable:
-    manager.reload()
 
 
 @jax.jit
@@ -455,6 +485,8 @@ def _load_model(manager: ocp.CheckpointManager, step: int) -> Transformer:
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = target_like(nnx.to_pure_dict(state), device)
   restored = _read_arrays(manager, step, meta, target, None)
+  if problem := _damage(restored):
+    raise ValueError(problem)
   train = meta["config"]["train"]
   frozen = initial.frozen_parameters(cfg, train.get("init_from"), train["seed"])
   check_frozen(meta, frozen)

@@ -149,6 +149,22 @@ class LayoutConfig:
 
 
 @dataclasses.dataclass(kw_only=True)
+class ProcessesConfig:
+  """How long the processes of a run wait for each other, in seconds.
+
+  Attributes:
+    startup_timeout: For one that has not come, or not compiled its programs
+      when others have.
+    silence_timeout: For a sign of life.
+    stall_timeout: For one that lives and stays behind the others by a step.
+  """
+
+  startup_timeout: float = 300.0
+  silence_timeout: float = 30.0
+  stall_timeout: float = 50.0
+
+
+@dataclasses.dataclass(kw_only=True)
 class Config:
   """All that a run depends on."""
 
@@ -159,6 +175,9 @@ class Config:
     default_factory=CheckpointConfig
   )
   layout: LayoutConfig = dataclasses.field(default_factory=LayoutConfig)
+  processes: ProcessesConfig = dataclasses.field(
+    default_factory=ProcessesConfig
+  )
 
 
 def validate(config: Config) -> None:
@@ -188,8 +207,10 @@ def validate(config: Config) -> None:
   _check_types("train", config.train)
   _check_types("checkpoint", config.checkpoint)
   _check_types("layout", config.layout)
+  _check_types("processes", config.processes)
   _validate_train(config.train)
   _validate_layout(config)
+  validate_processes(config.processes)
   for name in ("save_every", "keep_last", "keep_every"):
     value = getattr(config.checkpoint, name)
     if value is not None:
@@ -214,6 +235,24 @@ def _validate_layout(config: Config) -> None:
         f"train.{name}={value!r} runs on one device so far; leave it at "
         f"{plain!r}, or layout.data and layout.context at 1"
       )
+
+
+def validate_processes(processes: ProcessesConfig) -> None:
+  """Checks what is needed before the processes meet.
+
+  Raises:
+    ConfigError: A time is impossible.
+  """
+  for name in ("startup_timeout", "silence_timeout", "stall_timeout"):
+    value = getattr(processes, name)
+    _check(f"processes.{name}", value, 1 <= value < math.inf, "at least 1")
+  silence, stall = processes.silence_timeout, processes.stall_timeout
+  if stall < silence:
+    raise ConfigError(
+      f"processes.stall_timeout={stall:g} is less than "
+      f"processes.silence_timeout={silence:g}: who waits for a dead process "
+      "would be taken for one that hangs; raise it"
+    )
 
 
 def _check_types(section: str, values: Any) -> None:
@@ -362,6 +401,11 @@ def dataclasses_of(kind: Any) -> list[type]:
   return [
     o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)
   ]
+
+
+def flat(config: Config) -> dict[str, Any]:
+  """Every field by its path, as `train.seed`, in JSON values."""
+  return dict(_flatten(to_json(config)))
 
 
 def fingerprint(config: Config) -> str:

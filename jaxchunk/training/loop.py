@@ -26,15 +26,24 @@ from jaxchunk.chunking.plan import ChunkPlan
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data.accounting import KEPT, Accounting
 from jaxchunk.data.pipeline import GlobalBatch
-from jaxchunk.training import checkpoint, info, metrics, optimizer, report
+from jaxchunk.models.transformer import Transformer
+from jaxchunk.training import (
+  checkpoint,
+  distributed,
+  info,
+  metrics,
+  optimizer,
+  report,
+)
 from jaxchunk.training import config as config_lib
 from jaxchunk.training.config import Config
 from jaxchunk.training.meter import Meter, cost_metrics
 from jaxchunk.training.metrics import CompileCounter, MetricsWriter
 from jaxchunk.training.run import Run, begin_save, report_info, say, start
-from jaxchunk.training.runtime import Profiler, StopSignal
+from jaxchunk.training.runtime import Profiler, SharedStop, StopSignal
 from jaxchunk.training.saver import Saver
-from jaxchunk.training.workdir import open_workdir, write_errors
+from jaxchunk.training.watchdog import Watchdog
+from jaxchunk.training.workdir import Workdir, open_workdir, write_errors
 from jaxchunk.types import split_by_tokens
 
 
@@ -103,9 +112,12 @@ def train(
 ) -> Result:
   """Trains, or goes on with the run that `workdir` holds.
 
+  With several processes each calls it, after `distributed.initialize`.
+
   Args:
     config: What to train, on what and how.
-    workdir: A folder for checkpoints, metrics and pictures.
+    workdir: A folder for checkpoints, metrics and pictures; on a disk that all
+      processes share.
     profile_steps: First and last step of a trace for xprof.
 
   Returns:
@@ -115,51 +127,75 @@ def train(
     ConfigError: A field is impossible, or the data cannot be opened.
     CheckpointError: Checkpoints cannot be read or written.
     NonFiniteError: The loss stayed not finite; the parameters are untouched.
+    ProcessError: Processes do not fit together, or one did not come.
   """
   began = time.perf_counter()
   config_lib.validate(config)
   workdir = Path(workdir).absolute()
-  with open_workdir(workdir) as folder:
+  with Watchdog(config.processes) as watchdog:
+    distributed.check_alike(config, workdir)
+    with open_workdir(workdir) as folder:
+      return _train(config, folder, watchdog, began, profile_steps)
+
+
+def _train(
+  config: Config,
+  folder: Workdir,
+  watchdog: Watchdog,
+  began: float,
+  profile_steps: tuple[int, int] | None,
+) -> Result:
+  """Trains in a folder that this run holds."""
+  workdir = folder.path
+  with (
+    StopSignal() as signals,
+    CompileCounter() as compiles,
+    checkpoint.open_manager(workdir, config.checkpoint) as manager,
+    Saver(manager) as saver,
+  ):
+    run = start(config, workdir, manager)
+    first, stop = run.step, SharedStop(signals, run.mesh)
     with (
-      StopSignal() as stop,
-      CompileCounter() as compiles,
-      checkpoint.open_manager(workdir, config.checkpoint) as manager,
-      Saver(manager) as saver,
+      contextlib.closing(run.batches),
+      _writer(run) as writer,
+      Profiler(workdir / "profile", profile_steps) as profiler,
+      _progress_bar(run) as bar,
     ):
-      run = start(config, workdir, manager)
-      first = run.step
-      with (
-        contextlib.closing(run.batches),
-        MetricsWriter(
-          workdir, last_step=first, documents=config.train.log_documents
-        ) as writer,
-        Profiler(workdir / "profile", profile_steps) as profiler,
-        _progress_bar(run) as bar,
-      ):
-        meter = Meter(
-          began,
-          compiles,
-          device=jax.local_devices()[0],
-          dtype=config.model.dtype,
-        )
-        if run.step < config.train.num_steps:
-          meter.warm_up(lambda: _compile(run))
-        for values, documents in steps(run, stop, profiler, compiles, saver):
-          meter.complete(values)
-          folder.check()
+      meter = Meter(
+        began,
+        compiles,
+        device=jax.local_devices()[0],
+        dtype=config.model.dtype,
+      )
+      if run.step < config.train.num_steps:
+        meter.warm_up(lambda: _compile(run))
+      made = steps(run, stop, profiler, compiles, saver, watchdog)
+      for values, documents in made:
+        meter.complete(values)
+        folder.check()
+        if writer is not None:
           writer.write(values, documents)
-          _show(bar, values)
-          _check_finite(run, values)
-        begin_save(run, saver)
-        saver.commit()
-        saver.wait()
-        total = Accounting.from_json(run.batches.get_state()["total"])
-    # Only now, with the checkpoint on disk: a signal may leave little time.
-    if run.step > first:
-      with write_errors(workdir):
-        info.write_info(workdir, report_info(run, total))
-        report.draw(workdir)
+        _show(bar, values)
+        _check_finite(run, values)
+      begin_save(run, saver)
+      saver.commit()
+      saver.wait()
+      total = Accounting.from_json(run.batches.get_state()["total"])
+  # Only now, with the checkpoint on disk: a signal may leave little time.
+  if run.step > first and distributed.leads():
+    with write_errors(workdir):
+      info.write_info(workdir, report_info(run, total))
+      report.draw(workdir)
   return _result(run, total, stop.received)
+
+
+def _writer(run: Run) -> contextlib.AbstractContextManager[Any]:
+  """Of the metrics, in one process; `None` in the others."""
+  if not distributed.leads():
+    return contextlib.nullcontext()
+  return MetricsWriter(
+    run.workdir, last_step=run.step, documents=run.config.train.log_documents
+  )
 
 
 def _result(run: Run, total: Accounting, stopped_by: str | None) -> Result:
@@ -177,10 +213,11 @@ def _result(run: Run, total: Accounting, stopped_by: str | None) -> Result:
 
 def steps(
   run: Run,
-  stop: StopSignal,
+  stop: SharedStop,
   profiler: Profiler,
   compiles: CompileCounter,
   saver: Saver,
+  watchdog: Watchdog,
 ) -> Iterator[tuple[dict[str, Any], list[int]]]:
   """Trains to the end and yields what each step has to tell, one step late.
 
@@ -201,12 +238,14 @@ def steps(
     if batch is None:
       break
     profiler.before(run.step + 1)
+    watchdog.begins(run.step + 1)
     launched = launch(run, batch)
+    stop.ask()
     launched.values.update(between, input_wait=waited)
     compiles.add_to(launched.values)
     between = {}
     if pending is not None:
-      yield finish(run, pending, saver), ids_of(pending)
+      yield finish(run, pending, saver, stop), ids_of(pending)
       saver.commit(launched.gradients)
     pending = launched
     if run.step % options.save_every == 0:
@@ -216,7 +255,7 @@ def steps(
     evaluates = train.eval_every and (due or run.step == train.num_steps)
     if not (evaluates or profiler.ends_with(run.step)):
       continue
-    values = finish(run, pending, saver)
+    values = finish(run, pending, saver, stop)
     if profiler.ends_with(run.step):
       profiler.stop()
     if evaluates and run.heldout:
@@ -231,7 +270,7 @@ def steps(
     compiles.add_to(between, timed=False)
     run.clock = time.perf_counter()
   if pending is not None:
-    yield finish(run, pending, saver), ids_of(pending)
+    yield finish(run, pending, saver, stop), ids_of(pending)
     saver.commit()
 
 
@@ -327,9 +366,12 @@ def _longest(plan: ChunkPlan) -> int:
   return max(lane.num_chunks for lane in plan.lanes)
 
 
-def finish(run: Run, pending: Pending, saver: Saver) -> dict[str, Any]:
+def finish(
+  run: Run, pending: Pending, saver: Saver, stop: SharedStop
+) -> dict[str, Any]:
   """Waits for a step and returns its line of metrics."""
   got = jax.device_get(pending.metrics)
+  stop.settle()
   now = time.perf_counter()
   seconds, run.clock = now - run.clock, now
   loss, tokens = float(got.loss), float(got.tokens)
@@ -372,7 +414,8 @@ def heldout_bits_per_byte(run: Run) -> float:
   In bits, summed over tokens and divided by the documents' bytes, so that it
   can be compared between tokenizers.
   """
-  model, train = run.model, run.config.train
+  # Each process evaluates a copy of its own: the same numbers everywhere.
+  model, train = _own_copy(run.model), run.config.train
   groups = split_by_tokens(run.heldout, run.config.data.batch_tokens)
   losses = [
     executor.loss_sum(
@@ -390,13 +433,21 @@ def heldout_bits_per_byte(run: Run) -> float:
   return nats / math.log(2) / max(read, 1)
 
 
+def _own_copy(model: Transformer) -> Transformer:
+  """A model on one device of this process, if others have parts of it."""
+  copy: Transformer = jax.tree.map(
+    lambda x: x if x.is_fully_addressable else x.addressable_data(0), model
+  )
+  return copy
+
+
 def _progress_bar(run: Run) -> Any:
   return tqdm(
     total=run.config.train.num_steps,
     initial=run.step,
     unit="step",
     dynamic_ncols=True,
-    disable=not sys.stderr.isatty(),
+    disable=not (distributed.leads() and sys.stderr.isatty()),
   )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 from absl import logging
 from flax import nnx
 from jaxtyping import PRNGKeyArray
@@ -29,7 +30,15 @@ from jaxchunk.data.tokenizers import load_tokenizer
 from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.rope import LongRopeScaling
 from jaxchunk.models.transformer import Transformer
-from jaxchunk.training import checkpoint, info, initial, optimizer, schedule
+from jaxchunk.sharding.mesh import Layout
+from jaxchunk.training import (
+  checkpoint,
+  distributed,
+  info,
+  initial,
+  optimizer,
+  schedule,
+)
 from jaxchunk.training import config as config_lib
 from jaxchunk.training.checkpoint import CheckpointError, Restored
 from jaxchunk.training.config import Config, ConfigError
@@ -121,13 +130,9 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     params, frozen = initial.parameters(
       config.model, config.train.init_from, config.train.seed
     )
-    params = jax.device_put(params, device)
+    params = _put(params, device)
     state = jax.jit(init, out_shardings=places)(params)
     step = 0
-    with write_errors(workdir):
-      corpus.tokenizer.save(workdir / checkpoint.TOKENIZER)
-      if corpus.template is not None:
-        corpus.template.save(workdir / checkpoint.TOKENIZER)
   else:
     params, state, step = restored.params, restored.optimizer, restored.step
     frozen = initial.frozen_parameters(
@@ -147,12 +152,13 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       f"No evaluation: no held-out document within train.eval_tokens={limit} "
       f"(data.heldout_fraction={config.data.heldout_fraction})"
     )
-  frozen = jax.device_put(frozen, device)
+  frozen = _put(frozen, device)
   if restored is not None:
     checkpoint.check_frozen(restored.meta, frozen)
-  text = json.dumps(config_lib.to_json(config), indent=2)
-  with write_errors(workdir):
-    (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
+  distributed.check_same_place(config, corpus, step, batches.get_state())
+  if distributed.leads():
+    _write_start(config, workdir, None if restored else corpus)
+  key = jax.random.key_data(jax.random.key(config.train.seed))
   return Run(
     config=config,
     workdir=workdir,
@@ -170,13 +176,37 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       implementation=config.train.implementation,
     ),
     update=optimizer.make_update(config.train, places),
-    key=jax.device_put(jax.random.key(config.train.seed), device),
+    key=jax.random.wrap_key_data(_put(key, device)),
     params=params,
     frozen=frozen,
     frozen_sums=checkpoint.frozen_sums(frozen) if frozen else {},
     state=state,
     step=step,
     mesh=mesh,
+  )
+
+
+def _write_start(config: Config, workdir: Path, new: Corpus | None) -> None:
+  """Writes the configuration, and what a new run's documents are read by."""
+  text = json.dumps(config_lib.to_json(config), indent=2)
+  with write_errors(workdir):
+    (workdir / "config.json").write_text(text + "\n", encoding="utf-8")
+    if new is not None:
+      new.tokenizer.save(workdir / checkpoint.TOKENIZER)
+      if new.template is not None:
+        new.template.save(workdir / checkpoint.TOKENIZER)
+
+
+def _put(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+  """Arrays that every process has, to where they belong."""
+  if distributed.count() == 1:
+    return jax.device_put(tree, sharding)
+  # Each gives what its own devices need, and nothing is sent.
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(
+      x.shape, sharding, np.asarray(x).__getitem__
+    ),
+    tree,
   )
 
 
@@ -187,6 +217,12 @@ def _mesh(config: Config) -> jax.sharding.Mesh | None:
     ConfigError: There are more or fewer.
   """
   layout = config.layout.layout()
+  if layout is None and (processes := distributed.count()) > 1:
+    devices = jax.device_count()
+    raise ConfigError(
+      f"layout takes 1 device and there are {devices} in {processes} "
+      f"processes; the nearest layout is {Layout(data=devices)}"
+    )
   try:
     return None if layout is None else layout.mesh()
   except ValueError as error:
@@ -327,6 +363,8 @@ def _memory(run: Run) -> info.Memory:
 
 
 def say(text: str) -> None:
-  """Prints without tearing the progress bar."""
+  """Prints without tearing the progress bar, in one process."""
+  if not distributed.leads():
+    return
   tqdm.write(text)
   sys.stdout.flush()

@@ -1,5 +1,6 @@
 """What surrounds a run: signals to stop, and traces of a few steps."""
 
+import collections
 import signal
 import threading
 from pathlib import Path
@@ -7,7 +8,13 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jaxchunk.training import distributed
 
 
 class StopSignal:
@@ -50,6 +57,49 @@ class StopSignal:
     trace: TracebackType | None,
   ) -> None:
     self._restore()
+
+
+class SharedStop:
+  """A wish of any process to stop, known to all at the same step.
+
+  Each step brings the signals of all processes together on the devices, and
+  the answer comes with the step's metrics. Alone, a process knows at once.
+
+  Args:
+    signals: What this process received.
+    mesh: All devices; `None` is one.
+  """
+
+  def __init__(self, signals: StopSignal, mesh: Mesh | None):
+    self._signals = signals
+    self._asked: collections.deque[Array] = collections.deque()
+    self._received: str | None = None
+    self._mesh = mesh if distributed.count() > 1 else None
+    if self._mesh is not None:
+      everywhere = NamedSharding(self._mesh, PartitionSpec())
+      self._largest = jax.jit(jnp.max, out_shardings=everywhere)
+
+  @property
+  def received(self) -> str | None:
+    """The signal's name, or `None`; the same in all processes."""
+    return self._signals.received if self._mesh is None else self._received
+
+  def ask(self) -> None:
+    """Asks the others; each does after dispatching a step."""
+    if self._mesh is None:
+      return
+    name = self._signals.received
+    number = np.int32(0 if name is None else signal.Signals[name])
+    apart = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+    numbers = jax.make_array_from_callback(
+      (self._mesh.size,), apart, lambda where: np.full(1, number)
+    )
+    self._asked.append(self._largest(numbers))
+
+  def settle(self) -> None:
+    """Waits for the answer to the oldest question, when its step is done."""
+    if self._asked and (number := int(self._asked.popleft())):
+      self._received = signal.Signals(number).name
 
 
 class Profiler:

@@ -69,6 +69,7 @@ _PODS = {
 }
 # Of memory: what the formulas below may be wrong by.
 _MARGIN = 0.85
+_WEIGHED = 6
 # Parameters are split over what shares a sequence, too.
 _RULES = Rules({"embed": ("fsdp", "context")})
 # bf16 parameters, fp32 gradients, two moments of 8 bits.
@@ -224,7 +225,9 @@ def measure(cell: Cell) -> dict[str, Any]:
   ]
   # What fits at all, however little is sent.
   least = min(known, key=lambda way: expected_bytes(way, cfg, cell.tokens))
-  weighed = [(figures(way, cell), way) for way in fit or [least]]
+  # Those that share lanes among few devices send least; a trace takes seconds.
+  fit.sort(key=lambda way: way.layout.context * way.layout.tensor)
+  weighed = [(figures(way, cell), way) for way in fit[:_WEIGHED] or [least]]
   weighed.sort(key=lambda pair: -pair[0]["tokens_per_second"])
   line: dict[str, Any] = {}
   for found, way in weighed[:3]:

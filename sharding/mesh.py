@@ -177,8 +177,7 @@ class Layout:
     entries: list[str | tuple[str, ...] | None] = []
     whole = self.rules.spec(axes)
     for logical, size, split in zip(axes, shape, whole, strict=True):
-      named = (split,) if isinstance(split, str) else split or ()
-      names = tuple(axis for axis in named if self.shape[axis] > 1)
+      names = tuple(a for a in _names(split) if self.shape[a] > 1)
       entries.append(names[0] if len(names) == 1 else names or None)
       parts = math.prod(self.shape[axis] for axis in names)
       if size % parts:
@@ -188,6 +187,41 @@ class Layout:
           f"{parts} does not divide; the nearest that does is {fits[0]}"
         )
     return PartitionSpec(*entries)
+
+  def spread(self, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
+    """The spec of an array, split further over devices that have copies.
+
+    So that what is needed once, an optimizer's state, is held once (ZeRO,
+    arXiv 1910.02054, stage 1). Devices that share heads are left out.
+
+    Args:
+      spec: How the array is split where it is used.
+      shape: Its shape.
+
+    Returns:
+      The largest axis takes all mesh axes by which it can be divided.
+    """
+    entries = [_names(split) for split in spec]
+    entries += [()] * (len(shape) - len(entries))
+    used = {name for names in entries for name in names}
+    free = [
+      axis
+      for axis in ("data", "fsdp", "expert", "context")
+      if self.shape[axis] > 1 and axis not in used
+    ]
+    while free:
+      parts = math.prod(self.shape[axis] for axis in free)
+      rests = [
+        size // math.prod(self.shape[axis] for axis in names)
+        for size, names in zip(shape, entries, strict=True)
+      ]
+      fits = [n for n, rest in enumerate(rests) if rest % parts == 0]
+      if fits:
+        best = max(fits, key=lambda n: rests[n])
+        entries[best] = (*entries[best], *free)
+        break
+      free.pop()
+    return PartitionSpec(*[e[0] if len(e) == 1 else e or None for e in entries])
 
   def table(self) -> str:
     """One line for every axis of more than one device, and for the rules."""
@@ -233,6 +267,10 @@ def from_shape(shape: Mapping[str, int], rules: Rules | None = None) -> Layout:
     tensor=tensor,
     rules=rules or Rules(),
   )
+
+
+def _names(split: Any) -> tuple[str, ...]:
+  return (split,) if isinstance(split, str) else tuple(split or ())
 
 
 def _in_slice(

@@ -78,7 +78,7 @@ def check_layout(
       f"chunk_size={size} cannot be dealt out to layout.context={devices} "
       f"devices; take {-(-size // devices) * devices}"
     )
-  _check_heads(layout, cfg)
+  check_heads(layout, cfg)
   if isinstance(options.strategy, SpaCO):
     raise NotImplementedError(f"{options.strategy} with a layout")
   if options.kv_memory == "host":
@@ -86,7 +86,13 @@ def check_layout(
   return options.strategy
 
 
-def _check_heads(layout: Layout, cfg: ModelConfig) -> None:
+def check_heads(layout: Layout, cfg: ModelConfig) -> None:
+  """Whether a layout can split a model's heads.
+
+  Raises:
+    ValueError: There are too few; names the nearest layout.
+    NotImplementedError: They need each other.
+  """
   heads, parts = cfg.kv_heads, layout.tensor
   if heads % parts:
     fits = math.gcd(heads, parts)
@@ -165,6 +171,7 @@ def accumulate_over(
   *,
   mesh: Mesh | None = None,
   rng: PRNGKeyArray | None = None,
+  spread: bool = False,
 ) -> Sums:
   """`executor.accumulate` over the devices of a layout.
 
@@ -178,9 +185,11 @@ def accumulate_over(
     options: From `make_options`.
     mesh: From `layout.mesh`; by default of all devices.
     rng: As in `accumulate`.
+    spread: Splits gradients further, over devices that have copies of the
+      parameter (`Layout.spread`).
 
   Returns:
-    The sums; each gradient is split as its parameter is.
+    The sums; each gradient is split as its parameter is, or further.
 
   Raises:
     ValueError: A token is not in the vocabulary, or as `check_layout` and
@@ -212,7 +221,8 @@ def accumulate_over(
       mesh=mesh,
       shards=ready.shards,
     )
-  loss, grads = _added(mesh, options, ready.stored)(totals)
+  add = _added(mesh, options, ready.stored, layout if spread else None)
+  loss, grads = add(totals)
   weight = executor.weight_of(examples)
   return Sums(loss, weight, options.trainable.state(grads), plan)
 
@@ -225,6 +235,7 @@ def warm_up_over(
   *,
   mesh: Mesh | None = None,
   rng: PRNGKeyArray | None = None,
+  spread: bool = False,
 ) -> int:
   """`executor.warm_up` for `accumulate_over`, with its arguments.
 
@@ -235,6 +246,7 @@ def warm_up_over(
     options: From `make_options`.
     mesh: As in `accumulate_over`.
     rng: Any key if dropout will be used.
+    spread: As in `accumulate_over`.
 
   Returns:
     How many programs there are.
@@ -262,7 +274,8 @@ def warm_up_over(
       mesh=mesh,
       shards=ready.shards,
     )
-  jax.block_until_ready(_added(mesh, options, ready.stored)(totals))
+  add = _added(mesh, options, ready.stored, layout if spread else None)
+  jax.block_until_ready(add(totals))
   return len(capacities)
 
 
@@ -510,14 +523,21 @@ def _zeros(mesh: Mesh, options: Options, shards: Shards) -> Any:
 
 
 @functools.cache
-def _added(mesh: Mesh, options: Options, stored: Shards) -> Any:
+def _added(
+  mesh: Mesh, options: Options, stored: Shards, spread: Layout | None
+) -> Any:
   """The sums of totals over devices, split as parameters are kept."""
   chosen = options.trainable.chosen
-  places = _shardings(stored, len(chosen), mesh)
-  wanted = [p for p, mine in zip(places, chosen, strict=True) if mine]
+  specs = [stored.spec(n) for n, mine in enumerate(chosen) if mine]
+
+  def place(sum_: Array, spec: PartitionSpec) -> Array:
+    if spread is not None:
+      spec = spread.spread(spec, sum_.shape)
+    return jax.lax.with_sharding_constraint(sum_, NamedSharding(mesh, spec))
 
   def add(totals: Any) -> Any:
-    return jax.tree.map(lambda a: jnp.sum(a, 0), totals)
+    loss, grads = jax.tree.map(lambda a: jnp.sum(a, 0), totals)
+    placed = [place(g, spec) for g, spec in zip(grads, specs, strict=True)]
+    return place(loss, _NOWHERE), placed
 
-  everywhere = NamedSharding(mesh, _NOWHERE)
-  return jax.jit(add, out_shardings=(everywhere, wanted))
+  return jax.jit(add)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from jaxchunk.chunking.memory import MemorySpace, Strategy
+from jaxchunk.chunking.parallel import check_heads
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data import config as data_config
 from jaxchunk.data.config import DataConfig
@@ -133,19 +134,33 @@ class LayoutConfig:
   """Which devices do what; see `jaxchunk.sharding.mesh.Layout`.
 
   Attributes:
-    data: Groups of devices with lanes of their own.
+    data: Groups of devices with lanes of their own and all parameters.
+    fsdp: Groups with lanes of their own that share the parameters.
     context: Devices of a group, which share each sequence; divides
       `train.chunk_size`.
+    tensor: Devices that share heads, the MLP and the vocabulary.
+    gather: Where shared parameters are gathered: "layer" by layer, or all once
+      a "step".
+    slices: TPU slices, or hosts of GPUs, joined by a slower network.
+    slices_over: The axis that spans them.
   """
 
   data: int = 1
+  fsdp: int = 1
   context: int = 1
+  tensor: int = 1
+  gather: Literal["layer", "step"] = "layer"
+  slices: int = 1
+  slices_over: Literal["data", "fsdp"] = "data"
 
   def layout(self) -> Layout | None:
-    """The layout; `None` for one device."""
-    if self.data == self.context == 1:
-      return None
-    return Layout(data=self.data, context=self.context)
+    """The layout; `None` for one device.
+
+    Raises:
+      ValueError: A size is impossible.
+    """
+    layout = Layout(**dataclasses.asdict(self))
+    return None if layout.num_devices == 1 else layout
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -218,11 +233,19 @@ def validate(config: Config) -> None:
 
 
 def _validate_layout(config: Config) -> None:
-  for name in ("data", "context"):
+  for name in ("data", "fsdp", "context", "tensor", "slices"):
     value = getattr(config.layout, name)
     _check(f"layout.{name}", value, value >= 1, "at least 1")
-  if config.layout.layout() is None:
+  try:
+    layout = config.layout.layout()
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+  if layout is None:
     return
+  try:
+    check_heads(layout, config.model)
+  except (ValueError, NotImplementedError) as error:
+    raise ConfigError(str(error)) from error
   size, devices = config.train.chunk_size, config.layout.context
   if size % devices:
     raise ConfigError(
@@ -233,7 +256,7 @@ def _validate_layout(config: Config) -> None:
     if (value := getattr(config.train, name)) != plain:
       raise ConfigError(
         f"train.{name}={value!r} runs on one device so far; leave it at "
-        f"{plain!r}, or layout.data and layout.context at 1"
+        f"{plain!r}, or every size of the layout at 1"
       )
 
 

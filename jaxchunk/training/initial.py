@@ -13,6 +13,7 @@ from flax import nnx
 from jaxchunk.interop.configs import differing_fields
 from jaxchunk.interop.errors import InteropError
 from jaxchunk.interop.hugging_face import load_config, load_hf
+from jaxchunk.interop.weights import Shardings
 from jaxchunk.models.adapters import add_lora, flat_arrays, model_of
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
@@ -39,7 +40,10 @@ def abstract_model(cfg: ModelConfig) -> tuple[Any, nnx.State, nnx.State]:
 
 
 def parameters(
-  cfg: ModelConfig, init_from: str | None, seed: int
+  cfg: ModelConfig,
+  init_from: str | None,
+  seed: int,
+  shardings: Shardings | None = None,
 ) -> tuple[Params, Params]:
   """What a new run trains, and the other parameters.
 
@@ -47,11 +51,12 @@ def parameters(
     cfg: The model.
     init_from: As `train.init_from`.
     seed: Of what is drawn.
+    shardings: Where what is read goes at once, as in `load_hf`.
 
   Raises:
     ConfigError: The folder cannot be read, or holds another model.
   """
-  model = _base(cfg, init_from, seed)
+  model = _base(cfg, init_from, seed, shardings)
   if cfg.lora is not None:
     model = add_lora(model, cfg.lora, seed=seed)
   _, params, *rest = nnx.split(model, trainable(cfg), ...)
@@ -59,7 +64,10 @@ def parameters(
 
 
 def frozen_parameters(
-  cfg: ModelConfig, init_from: str | None, seed: int
+  cfg: ModelConfig,
+  init_from: str | None,
+  seed: int,
+  shardings: Shardings | None = None,
 ) -> Params:
   """The parameters that are not trained, for a run that goes on.
 
@@ -68,11 +76,16 @@ def frozen_parameters(
   """
   if cfg.lora is None:
     return {}
-  base = _base(cfg, init_from, seed)
+  base = _base(cfg, init_from, seed, shardings)
   return nnx.to_pure_dict(nnx.state(base))
 
 
-def _base(cfg: ModelConfig, init_from: str | None, seed: int) -> Transformer:
+def _base(
+  cfg: ModelConfig,
+  init_from: str | None,
+  seed: int,
+  shardings: Shardings | None,
+) -> Transformer:
   """The model without adapters."""
   cfg = dataclasses.replace(cfg, lora=None).frozen()
   if init_from is None:
@@ -84,6 +97,7 @@ def _base(cfg: ModelConfig, init_from: str | None, seed: int) -> Transformer:
       param_dtype=cfg.param_dtype,
       context_length=cfg.context_length,
       quantization=cfg.quantization,
+      shardings=shardings,
     )
   except InteropError as error:
     raise ConfigError(f"train.init_from={init_from!r}: {error}") from error

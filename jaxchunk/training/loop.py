@@ -26,7 +26,6 @@ from jaxchunk.chunking.plan import ChunkPlan
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data.accounting import KEPT, Accounting
 from jaxchunk.data.pipeline import GlobalBatch
-from jaxchunk.models.transformer import Transformer
 from jaxchunk.training import (
   checkpoint,
   distributed,
@@ -44,7 +43,7 @@ from jaxchunk.training.runtime import Profiler, SharedStop, StopSignal
 from jaxchunk.training.saver import Saver
 from jaxchunk.training.watchdog import Watchdog
 from jaxchunk.training.workdir import Workdir, open_workdir, write_errors
-from jaxchunk.types import split_by_tokens
+from jaxchunk.types import Example, split_by_tokens
 
 
 class NonFiniteError(RuntimeError):
@@ -289,7 +288,13 @@ def _compile(run: Run) -> None:
     count = executor.warm_up(run.model, longest, run.options, rng=rng)
   else:
     count = parallel.warm_up_over(
-      layout, run.model, longest, run.options, mesh=run.mesh, rng=rng
+      layout,
+      run.model,
+      longest,
+      run.options,
+      mesh=run.mesh,
+      rng=rng,
+      spread=True,
     )
   seconds = time.perf_counter() - start_time
   say(f"Compiled {count} chunk programs in {seconds:.0f} s")
@@ -353,7 +358,13 @@ def _accumulate(
   if layout is None:
     return executor.accumulate(run.model, batch.examples, run.options, rng=rng)
   return parallel.accumulate_over(
-    layout, run.model, batch.examples, run.options, mesh=run.mesh, rng=rng
+    layout,
+    run.model,
+    batch.examples,
+    run.options,
+    mesh=run.mesh,
+    rng=rng,
+    spread=True,
   )
 
 
@@ -414,31 +425,27 @@ def heldout_bits_per_byte(run: Run) -> float:
   In bits, summed over tokens and divided by the documents' bytes, so that it
   can be compared between tokenizers.
   """
-  # Each process evaluates a copy of its own: the same numbers everywhere.
-  model, train = _own_copy(run.model), run.config.train
   groups = split_by_tokens(run.heldout, run.config.data.batch_tokens)
-  losses = [
-    executor.loss_sum(
-      model,
-      group,
-      chunk_size=train.chunk_size,
-      implementation=train.implementation,
-      kv_memory=train.kv_memory,
-    )
-    for group in groups
-  ]
+  losses = [_loss_sum(run, group) for group in groups]
   nats = sum(map(float, jax.device_get(losses)))
   lengths = run.corpus.byte_lengths
   read = sum(int(lengths[e.document_id]) for e in run.heldout)
   return nats / math.log(2) / max(read, 1)
 
 
-def _own_copy(model: Transformer) -> Transformer:
-  """A model on one device of this process, if others have parts of it."""
-  copy: Transformer = jax.tree.map(
-    lambda x: x if x.is_fully_addressable else x.addressable_data(0), model
+def _loss_sum(run: Run, examples: list[Example]) -> Array:
+  layout, train = run.config.layout.layout(), run.config.train
+  if layout is not None:
+    return parallel.loss_sum_over(
+      layout, run.model, examples, run.options, mesh=run.mesh
+    )
+  return executor.loss_sum(
+    run.model,
+    examples,
+    chunk_size=train.chunk_size,
+    implementation=train.implementation,
+    kv_memory=train.kv_memory,
   )
-  return copy
 
 
 def _progress_bar(run: Run) -> Any:

@@ -6,13 +6,15 @@ stack of norm scales `[L,D]` is as two-dimensional as a matrix.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxchunk.training.adam8bit import scale_by_adam_8bit
@@ -153,7 +155,10 @@ def muon_dimension_numbers(params: Params) -> Any:
 
 
 def state_shardings(
-  train: TrainConfig, state: OptimizerState, device: Sharding
+  train: TrainConfig,
+  state: OptimizerState,
+  device: Sharding,
+  of_parameters: Params | None = None,
 ) -> OptimizerState:
   """Where each array of the state is.
 
@@ -162,13 +167,43 @@ def state_shardings(
       matrices and embeddings is in host memory.
     state: The state, or its shapes.
     device: Where all else is.
+    of_parameters: Where what is kept of each parameter is, if not there too.
   """
-  large = device
-  if train.optimizer_memory == "host":
-    large = device.with_memory_kind("pinned_host")
-  return jax.tree.map(
-    lambda kind: device if kind == "vector" else large, kinds(state)
-  )
+  known = {
+    _names(path): sharding
+    for path, sharding in jax.tree_util.tree_leaves_with_path(of_parameters)
+  }
+
+  def place(path: tuple[Any, ...], kind: Kind, leaf: Any) -> Sharding:
+    found = _fitted(known.get(_names(path), device), leaf.shape)
+    if kind == "vector" or train.optimizer_memory == "device":
+      return found
+    return found.with_memory_kind("pinned_host")
+
+  return jax.tree_util.tree_map_with_path(place, kinds(state), state)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[Any, ...]:
+  """The dictionaries' keys in a path: of a moment those of its parameter."""
+  keys = jax.tree_util.DictKey
+  return tuple(key.key for key in path if isinstance(key, keys))
+
+
+def _fitted(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
+  """For an array that may have fewer numbers than its parameter."""
+  if not isinstance(sharding, NamedSharding):
+    return sharding
+  spec, mesh = tuple(sharding.spec), sharding.mesh
+  if len(spec) != len(shape):
+    spec = ()
+
+  def parts(split: Any) -> int:
+    names = (split,) if isinstance(split, str) else split or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+  pairs = zip(spec, shape, strict=False)
+  kept = [split if size % parts(split) == 0 else None for split, size in pairs]
+  return NamedSharding(mesh, P(*kept))
 
 
 def init_state(
@@ -187,7 +222,11 @@ Update = Callable[
 
 
 def make_update(
-  train: TrainConfig, places: OptimizerState | None = None
+  train: TrainConfig,
+  places: OptimizerState | None = None,
+  *,
+  kept: Params | None = None,
+  updated: Params | None = None,
 ) -> Update:
   """Compiles `update(params, state, loss, weight, grads)`; donates the state.
 
@@ -199,6 +238,8 @@ def make_update(
   Args:
     train: What optimizer, and how.
     places: `state_shardings`; needed where a part is in host memory.
+    kept: Where each parameter is, of a run on many devices.
+    updated: Where each is while it is updated: split as its moments are.
 
   Returns:
     A function to `(params, state, metrics)`. Its first two arguments are
@@ -213,7 +254,7 @@ def make_update(
     apply = apply_by_layer(optimizer, _STACKS)
 
   @functools.partial(
-    jax.jit, donate_argnums=(0, 1), out_shardings=(None, places, None)
+    jax.jit, donate_argnums=(0, 1), out_shardings=(kept, places, None)
   )
   def update(
     params: Params,
@@ -222,6 +263,8 @@ def make_update(
     weight: Array,
     grads: Params,
   ) -> tuple[Params, OptimizerState, UpdateMetrics]:
+    if updated is not None:
+      params = jax.lax.with_sharding_constraint(params, updated)
     mean = loss / weight
     norm = optax.tree.norm(grads) / weight
     finite = jnp.isfinite(mean) & jnp.isfinite(norm)

@@ -42,6 +42,7 @@ from jaxchunk.training import (
 from jaxchunk.training import config as config_lib
 from jaxchunk.training.checkpoint import CheckpointError, Restored
 from jaxchunk.training.config import Config, ConfigError
+from jaxchunk.training.places import Places, places_of
 from jaxchunk.training.saver import Saver
 from jaxchunk.training.workdir import write_errors
 from jaxchunk.types import Example
@@ -107,36 +108,37 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
   nothing can fail any more.
   """
   check_kernels(config.train.implementation, jax.local_devices()[0])
-  graphdef, shapes, _ = initial.abstract_model(config.model)
+  graphdef, shapes, others = initial.abstract_model(config.model)
   tx = optimizer.make_optimizer(config.train)
-  device: jax.sharding.Sharding
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   mesh = _mesh(config)
-  if mesh is not None:
-    device = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  target = checkpoint.target_like(nnx.to_pure_dict(shapes), device)
+  places = _places(config, nnx.merge(graphdef, shapes, others), mesh)
+  target = jax.tree.map(
+    checkpoint.target_like, nnx.to_pure_dict(shapes), places.params
+  )
   init = functools.partial(optimizer.init_state, tx)
   state_shapes = jax.eval_shape(init, target)
-  places = optimizer.state_shardings(config.train, state_shapes, device)
+  state_places = optimizer.state_shardings(
+    config.train, state_shapes, places.everywhere, places.updated
+  )
   restored = checkpoint.restore(
     manager,
     config,
     params=target,
-    optimizer=jax.tree.map(checkpoint.target_like, state_shapes, places),
+    optimizer=jax.tree.map(checkpoint.target_like, state_shapes, state_places),
   )
   corpus = _open(config, workdir, restored)
   batches = training_batches(corpus)
   if restored is None:
     params, frozen = initial.parameters(
-      config.model, config.train.init_from, config.train.seed
+      config.model, config.train.init_from, config.train.seed, places.of
     )
-    params = _put(params, device)
-    state = jax.jit(init, out_shardings=places)(params)
+    params = _put(params, places.params)
+    state = jax.jit(init, out_shardings=state_places)(params)
     step = 0
   else:
     params, state, step = restored.params, restored.optimizer, restored.step
     frozen = initial.frozen_parameters(
-      config.model, config.train.init_from, config.train.seed
+      config.model, config.train.init_from, config.train.seed, places.of
     )
     try:
       batches.set_state(dict(restored.meta["cursor"]))
@@ -152,7 +154,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       f"No evaluation: no held-out document within train.eval_tokens={limit} "
       f"(data.heldout_fraction={config.data.heldout_fraction})"
     )
-  frozen = _put(frozen, device)
+  frozen = _put(frozen, places.frozen)
   if restored is not None:
     checkpoint.check_frozen(restored.meta, frozen)
   distributed.check_same_place(config, corpus, step, batches.get_state())
@@ -175,8 +177,13 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
       kv_memory=config.train.kv_memory,
       implementation=config.train.implementation,
     ),
-    update=optimizer.make_update(config.train, places),
-    key=jax.random.wrap_key_data(_put(key, device)),
+    update=optimizer.make_update(
+      config.train,
+      state_places,
+      kept=places.params if mesh else None,
+      updated=places.updated if mesh else None,
+    ),
+    key=jax.random.wrap_key_data(_put(key, places.everywhere)),
     params=params,
     frozen=frozen,
     frozen_sums=checkpoint.frozen_sums(frozen) if frozen else {},
@@ -197,17 +204,33 @@ def _write_start(config: Config, workdir: Path, new: Corpus | None) -> None:
         new.template.save(workdir / checkpoint.TOKENIZER)
 
 
-def _put(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+def _put(tree: Any, places: Any) -> Any:
   """Arrays that every process has, to where they belong."""
   if distributed.count() == 1:
-    return jax.device_put(tree, sharding)
-  # Each gives what its own devices need, and nothing is sent.
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(
-      x.shape, sharding, np.asarray(x).__getitem__
-    ),
-    tree,
-  )
+    return jax.device_put(tree, places)
+
+  def put(x: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
+    if not x.is_fully_addressable:
+      return x
+    # Each gives what its own devices need, and nothing is sent.
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, place, whole.__getitem__)
+
+  return jax.tree.map(put, tree, places)
+
+
+def _places(
+  config: Config, model: Transformer, mesh: jax.sharding.Mesh | None
+) -> Places:
+  """Where the parameters are.
+
+  Raises:
+    ConfigError: The layout cannot split them.
+  """
+  try:
+    return places_of(model, config.layout.layout(), mesh)
+  except (ValueError, NotImplementedError) as error:
+    raise ConfigError(f"layout: {error}") from error
 
 
 def _mesh(config: Config) -> jax.sharding.Mesh | None:

@@ -1,5 +1,7 @@
 """Runs over the devices of a layout: the losses of one, and changed layouts."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -16,8 +18,12 @@ def losses(workdir):
   return [line["loss"] for line in metrics.read(workdir)]
 
 
-def with_layout(config, data, context):
+def with_layout(config, data, context, fsdp=1, tensor=1):
   config.layout.data, config.layout.context = data, context
+  config.layout.fsdp, config.layout.tensor = fsdp, tensor
+  config.model = dataclasses.replace(
+    config.model, num_kv_heads=2, vocab_size=260
+  )
   config.train.num_steps, config.train.eval_every = 6, 3
   config.checkpoint.save_every = 2
   return config
@@ -26,8 +32,8 @@ def with_layout(config, data, context):
 def test_a_run_goes_on_under_another_layout(make_config, tmp_path, monkeypatch):
   loop.train(with_layout(make_config(), 1, 1), tmp_path / "one")
   launch = loop.launch
-  # From two groups of four to one device.
-  for layout, stop in (((2, 4), 3), ((1, 1), None)):
+  # From parameters in parts to two groups of four, and to one device.
+  for layout, stop in (((1, 2, 2, 2), 2), ((2, 4), 4), ((1, 1), None)):
 
     def killed(run, batch, stop=stop):
       if run.step == stop:

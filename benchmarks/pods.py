@@ -62,10 +62,10 @@ _LENGTHS = {"8B": (131072, 524288, 1048576), "70B": (131072, 524288)}
 # Bytes a second of one ring: a link's two directions, or NVLink's one.
 # Sources: "How to scale your model" (Austin et al., 2025), NVIDIA's data sheet.
 _PODS = {
-  "v5e:16x16": ("v5e", 256, 90e9),
-  "v5p:4x4x4": ("v5p", 64, 180e9),
-  "v6e:8x8": ("v6e", 64, 180e9),
-  "8x h200": ("h200", 8, 450e9),
+  "v5e:16x16": (256, 90e9),
+  "v5p:4x4x4": (64, 180e9),
+  "v6e:8x8": (64, 180e9),
+  "h200:8": (8, 450e9),
 }
 # Of memory: what the formulas below may be wrong by.
 _MARGIN = 0.85
@@ -89,15 +89,13 @@ class Cell:
 
   @property
   def target(self) -> targets.Target:
-    """What kind of device."""
-    return targets.target(_PODS[self.pod][0])
+    """The pod."""
+    return targets.target(self.pod)
 
   @property
   def devices(self) -> tuple[jax.Device, ...]:
     """All of the pod's."""
-    if self.target.platform == "tpu":
-      return targets.tpu(self.pod)
-    return targets.gpu(_PODS[self.pod][0], _PODS[self.pod][1])
+    return self.target.devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +200,7 @@ def figures(way: Way, cell: Cell) -> dict[str, Any]:
   work = flops(way, cfg, cell.tokens)
   lanes = way.layout.num_devices // (way.layout.context * way.layout.tensor)
   compute = work / peak_of(cell.devices[0], "bfloat16").flops
-  copies = sum(moved.values()) / _PODS[cell.pod][2]
+  copies = sum(moved.values()) / _PODS[cell.pod][1]
   return {
     "way": str(way),
     "flops": work,
@@ -217,7 +215,7 @@ def figures(way: Way, cell: Cell) -> dict[str, Any]:
 def measure(cell: Cell) -> dict[str, Any]:
   """Compiles the fastest way that should fit, and others if it does not."""
   cfg, limit = config_of(cell.model), fits.limit(cell.target)
-  known = list(ways(_PODS[cell.pod][1], cfg, cell.tokens))
+  known = list(ways(_PODS[cell.pod][0], cfg, cell.tokens))
   fit = [
     way
     for way in known
@@ -241,7 +239,7 @@ def measure(cell: Cell) -> dict[str, Any]:
 def would_fit(cell: Cell) -> dict[str, Any]:
   """The least power of two times the devices whose formula fits."""
   cfg, limit = config_of(cell.model), fits.limit(cell.target)
-  devices = _PODS[cell.pod][1]
+  devices = _PODS[cell.pod][0]
   for factor in (2, 4, 8, 16):
     for way in ways(factor * devices, cfg, cell.tokens):
       if expected_bytes(way, cfg, cell.tokens) < _MARGIN * limit:

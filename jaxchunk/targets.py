@@ -73,9 +73,10 @@ class Target:
     memory: Bytes on a device, as CUDA counts them or as the compiler of a TPU
       allows a program.
     implementation: The kernels of attention written for it, or "xla".
-    topology: Of a TPU, the smallest slice.
+    topology: Of a TPU, the slice; by default the smallest.
     description: Of a GPU, what the compiler asks about it.
     bandwidth: Of a GPU, in bytes a second.
+    count: Of a GPU, how many in one host.
   """
 
   kind: str
@@ -85,6 +86,7 @@ class Target:
   topology: str = ""
   description: str = ""
   bandwidth: int = 0
+  count: int = 1
 
   @property
   def device(self) -> jax.Device:
@@ -93,9 +95,18 @@ class Target:
     Raises:
       RuntimeError: What compiles for it is not installed.
     """
+    return self.devices[0]
+
+  @property
+  def devices(self) -> tuple[jax.Device, ...]:
+    """All of the slice, or of the host.
+
+    Raises:
+      RuntimeError: As `device`.
+    """
     if self.platform == "tpu":
-      return tpu(self.topology)[0]
-    return _gpus(self, 1)[0]
+      return tpu(self.topology)
+    return _gpus(self, self.count)
 
 
 def _tpu(kind: str, gib: float, topology: str) -> Target:
@@ -130,17 +141,28 @@ TARGETS: Mapping[str, Target] = types.MappingProxyType(
 
 
 def target(name: str) -> Target:
-  """A kind of device by name.
+  """A kind of device by name, and perhaps how many.
 
   Args:
-    name: Of `TARGETS`, such as "h200".
+    name: Of `TARGETS`, such as "h200"; of a TPU's slice "v5e:4x4", of a host
+      with several GPUs "h200:8".
 
   Raises:
     ValueError: The name is unknown.
   """
-  if name not in TARGETS:
+  kind, _, size = name.partition(":")
+  if kind not in TARGETS:
     raise ValueError(f"unknown target {name!r}; there are {sorted(TARGETS)}")
-  return TARGETS[name]
+  found = TARGETS[kind]
+  if not size:
+    return found
+  if found.platform == "tpu":
+    return dataclasses.replace(found, topology=name)
+  if not size.isdecimal() or not int(size):
+    raise ValueError(
+      f"unknown target {name!r}: behind the colon goes how many, '{kind}:8'"
+    )
+  return dataclasses.replace(found, count=int(size))
 
 
 @functools.cache

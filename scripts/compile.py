@@ -1,6 +1,9 @@
-"""Says whether a run fits on a device that need not be there.
+"""Says whether a run fits on devices that need not be there.
 
   python scripts/compile.py --config=configs/x.py --target=h200 [--longest=N]
+
+The target is one device (h200), a slice (v5e:4x4) or a host (h200:8), as many
+as the configuration's layout takes.
 
 Compiles the run's programs: a lane of each capacity up to the longest sequence
 (data.max_document_tokens unless --longest is given), and the update. Prints
@@ -20,8 +23,11 @@ from jaxchunk.training.config import Config, ConfigError, validate
 from jaxchunk.training.flags import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config")
-_TARGET = flags.DEFINE_enum(
-  "target", "h200", sorted(targets.TARGETS), "What to compile for."
+_TARGET = flags.DEFINE_string(
+  "target",
+  "h200",
+  f"What to compile for, out of {sorted(targets.TARGETS)}; 'v5e:4x4' is a "
+  "slice, 'h200:8' a host.",
 )
 _LONGEST = flags.DEFINE_integer(
   "longest", None, "Tokens of the longest sequence.", lower_bound=1
@@ -46,11 +52,15 @@ def main(argv: list[str]) -> None:
     # Nothing runs; a device that is there is not touched.
     jax.config.update("jax_platforms", "cpu")
     target = targets.target(_TARGET.value)
-    print(f"Compiled for one {target.device.device_kind}.")
-  except (ConfigError, RuntimeError) as error:
+    layout = config.layout.layout()
+    devices = 1 if layout is None else layout.num_devices
+    print(f"Compiled for {devices} x {target.device.device_kind}.")
+    if layout is not None:
+      print(layout.table())
+  except (ConfigError, ValueError, RuntimeError) as error:
     sys.exit(f"compile.py: {error}")
   limit, worst = fits.limit(target), 0
-  for name, size in fits.kept_bytes(config).items():
+  for name, size in fits.kept_bytes(config, target).items():
     print(f"{name:24} {size / _GIB:8.2f} GiB")
   print(f"{'while there runs':24} {'device':>8}     {'host':>8}")
   for need in fits.needs(config, target, longest):

@@ -336,51 +336,100 @@ def trace_over(
     ValueError: As `accumulate_over`.
     NotImplementedError: As `accumulate_over`.
   """
-  check_layout(layout, model.cfg, options)
   mesh = layout.mesh() if mesh is None else mesh
-  shards = Shards.of(model, layout)
-  if layout.gather == "step":
-    shards = shards.gathered()
-
-  def shape(
-    shape: Sequence[int], dtype: Any, spec: PartitionSpec
-  ) -> jax.ShapeDtypeStruct:
-    sharding = NamedSharding(mesh, spec)
-    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
-
-  leaves, treedef = jax.tree.flatten(model)
-  leaves = [
-    shape(a.shape, a.dtype, shards.spec(n)) for n, a in enumerate(leaves)
-  ]
-  model = jax.tree.unflatten(treedef, leaves)
-  chunks = capacity_chunks(-(-int(capacity) // options.chunk_size))
-  groups = math.prod(mesh.shape[axis] for axis in GROUPS)
-  rows, by_group = lane_specs()
-  wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
-  size = (groups, chunks * options.chunk_size)
-  fields: Any = {
-    field.name: shape(
-      size, wide if field.name == "weights" else jnp.int32, rows
-    )
-    for field in dataclasses.fields(Lane)
-  }
-  counts = shape((groups,), jnp.int32, by_group)
-  totals = jax.eval_shape(_make_zeros(mesh, options, shards), model)
+  shapes = _Shapes.of(layout, model, capacity, options, mesh)
+  totals = jax.eval_shape(
+    _make_zeros(mesh, options, shapes.shards), shapes.model
+  )
   totals = jax.tree.map(
-    lambda a, spec: shape(a.shape, a.dtype, spec),
+    lambda a, spec: _shape(a.shape, a.dtype, mesh, spec),
     totals,
-    _total_specs(options, shards),
+    _total_specs(options, shapes.shards),
   )
   return _program.trace(
-    model,
-    Lane(**fields),
-    counts,
+    shapes.model,
+    shapes.lane,
+    shapes.counts,
     totals,
     None,
     options=options,
     mesh=mesh,
-    shards=shards,
+    shards=shapes.shards,
   )
+
+
+def trace_loss_over(
+  layout: Layout,
+  model: Transformer,
+  capacity: int,
+  options: Options,
+  *,
+  mesh: Mesh | None = None,
+) -> jax.stages.Traced:
+  """`trace_over` for the program of `loss_sum_over`."""
+  mesh = layout.mesh() if mesh is None else mesh
+  shapes = _Shapes.of(layout, model, capacity, options, mesh)
+  return _loss_program.trace(
+    shapes.model,
+    shapes.lane,
+    shapes.counts,
+    options=options,
+    mesh=mesh,
+    shards=shapes.shards,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+  """What a program is given, as shapes on the devices of a mesh."""
+
+  shards: Shards
+  model: Transformer
+  lane: Lane
+  counts: jax.ShapeDtypeStruct
+
+  @classmethod
+  def of(
+    cls,
+    layout: Layout,
+    model: Transformer,
+    capacity: int,
+    options: Options,
+    mesh: Mesh,
+  ) -> "_Shapes":
+    check_layout(layout, model.cfg, options)
+    shards = Shards.of(model, layout)
+    if layout.gather == "step":
+      shards = shards.gathered()
+    leaves, treedef = jax.tree.flatten(model)
+    leaves = [
+      _shape(a.shape, a.dtype, mesh, shards.spec(n))
+      for n, a in enumerate(leaves)
+    ]
+    chunks = capacity_chunks(-(-int(capacity) // options.chunk_size))
+    groups = math.prod(mesh.shape[axis] for axis in GROUPS)
+    rows, by_group = lane_specs()
+    wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+    size = (groups, chunks * options.chunk_size)
+    fields: Any = {
+      field.name: _shape(
+        size, wide if field.name == "weights" else jnp.int32, mesh, rows
+      )
+      for field in dataclasses.fields(Lane)
+    }
+    return cls(
+      shards,
+      jax.tree.unflatten(treedef, leaves),
+      Lane(**fields),
+      _shape((groups,), jnp.int32, mesh, by_group),
+    )
+
+
+def _shape(
+  shape: Sequence[int], dtype: Any, mesh: Mesh, spec: PartitionSpec
+) -> jax.ShapeDtypeStruct:
+  sharding = NamedSharding(mesh, spec)
+  return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
 
 @functools.partial(

@@ -1,4 +1,4 @@
-"""Whether a run fits on a device that need not be there.
+"""Whether a run fits on devices that need not be there.
 
 The programs of a run are compiled for the device, and the compiler says what
 memory each takes. To that is added what lies on the device meanwhile: the
@@ -8,24 +8,27 @@ Nothing is allocated and nothing runs; see `jaxchunk.targets`.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxchunk.chunking.executor import loss_program, make_options
 from jaxchunk.chunking.gradient import abstract_lane, lower_chunked
 from jaxchunk.chunking.lanes import capacity_chunks
+from jaxchunk.chunking.parallel import trace_loss_over
 from jaxchunk.models.transformer import Transformer
+from jaxchunk.sharding.mesh import Layout
 from jaxchunk.targets import Target, tracing_for
 from jaxchunk.training import checkpoint, initial, optimizer
 from jaxchunk.training.config import Config, TrainConfig, strategy_of
+from jaxchunk.training.places import Places, places_of
 
 RESERVE = 0.03
 """Share of a device's memory that the runtime keeps for itself."""
@@ -57,27 +60,28 @@ def limit(target: Target) -> int:
   return int((1 - RESERVE) * target.memory)
 
 
-def kept_bytes(config: Config) -> dict[str, int]:
-  """Bytes by what a run keeps from step to step, wherever that is.
+def kept_bytes(config: Config, target: Target) -> dict[str, int]:
+  """Bytes of a device by what a run keeps, wherever that is.
 
   Args:
     config: The run.
+    target: What it is for.
 
   Returns:
     Bytes of `"parameters"` (trained and frozen), `"gradients"` and
     `"optimizer"`.
   """
-  _, params, frozen = _parameters(config)
+  params, frozen = _parameters(config, target)
   return {
     "parameters": _bytes((params, frozen)),
     "gradients": _bytes(_gradients(params)),
-    "optimizer": _bytes(_state(config.train, params)),
+    "optimizer": _bytes(_state(config, target)),
   }
 
 
-def optimizer_bytes(config: Config) -> tuple[int, int]:
-  """Bytes of the optimizer's state on the device, and in host memory."""
-  state = _state(config.train, _parameters(config)[1])
+def optimizer_bytes(config: Config, target: Target) -> tuple[int, int]:
+  """Bytes of the optimizer's state on a device, and for it on the host."""
+  state = _state(config, target)
   total = _bytes(state)
   if config.train.optimizer_memory == "device":
     return total, 0
@@ -127,10 +131,10 @@ def lane_need(config: Config, target: Target, capacity: int) -> Need:
     target: What to compile for.
     capacity: Of the lane, in tokens; rounded up to a power of two of chunks.
   """
-  train, place = config.train, _place(target)
+  train, mesh = config.train, _mesh(config, target)
   with tracing_for(target.device):
     lowered = lower_chunked(
-      _model(config, place),
+      _model(config, target),
       capacity=capacity,
       chunk_size=train.chunk_size,
       live_chunks=train.live_chunks,
@@ -138,36 +142,44 @@ def lane_need(config: Config, target: Target, capacity: int) -> Need:
       trainable=initial.trainable(config.model),
       implementation=train.implementation,
       kv_memory=train.kv_memory,
+      layout=config.layout.layout(),
+      mesh=mesh,
     )
   program = f"lane of {capacity:,} tokens"
-  return _need(program, lowered, *optimizer_bytes(config))
+  return _need(program, lowered, *optimizer_bytes(config, target))
 
 
 def evaluation_need(config: Config, target: Target, capacity: int) -> Need:
   """Of the loss of held-out sequences, as `executor.loss_sum` runs it."""
-  train, place = config.train, _place(target)
-  model = _model(config, place)
+  train, layout = config.train, config.layout.layout()
+  model = _model(config, target)
   options = make_options(
     model,
     chunk_size=train.chunk_size,
     implementation=train.implementation,
     kv_memory=train.kv_memory,
   )
-  lane, number = abstract_lane(model, capacity, train.chunk_size)
-  total = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
   with tracing_for(target.device):
-    lowered = loss_program.lower(model, lane, number, total, options=options)
+    if layout is not None:
+      lowered = trace_loss_over(
+        layout, model, capacity, options, mesh=_mesh(config, target)
+      ).lower()
+    else:
+      lane, number = abstract_lane(model, capacity, train.chunk_size)
+      place = _places(config, target).everywhere
+      total = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
+      lowered = loss_program.lower(model, lane, number, total, options=options)
   program = f"evaluation of {capacity:,} tokens"
-  return _need(program, lowered, *optimizer_bytes(config))
+  return _need(program, lowered, *optimizer_bytes(config, target))
 
 
 def update_need(config: Config, target: Target) -> Need:
   """Of the optimizer's update, as the training loop runs it."""
-  train, place = config.train, _place(target)
-  _, params, frozen = _parameters(config)
-  params = checkpoint.target_like(params, place)
-  state, grads = _state(train, params), _gradients(params)
-  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
+  train, places = config.train, _places(config, target)
+  params, frozen = _parameters(config, target)
+  state = _state(config, target)
+  grads = _gradients(_placed(params, places.updated))
+  scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=places.everywhere)
   on_host = train.optimizer_memory == "host"
   update: Any
   with tracing_for(target.device):
@@ -176,9 +188,12 @@ def update_need(config: Config, target: Target) -> Need:
       update = _updates_from_nothing(train, state)
       lowered = update.lower(params, scalar, scalar, grads)
     else:
-      places = optimizer.state_shardings(train, state, place)
-      state = jax.tree.map(checkpoint.target_like, state, places)
-      update = optimizer.make_update(train, places)
+      update = optimizer.make_update(
+        train,
+        jax.tree.map(lambda x: x.sharding, state),
+        kept=places.params,
+        updated=places.updated,
+      )
       lowered = update.lower(params, state, scalar, scalar, grads)
   return _need("update", lowered, _bytes(frozen), 0)
 
@@ -219,7 +234,9 @@ def _need(
     found = re.search(r"(?:Used |temporaries \()([\d.]+)G", text)
     if found is None:
       raise
-    arguments = _bytes(lowered.in_avals)
+    arguments = sum(
+      x.size * x.dtype.itemsize for x in jax.tree.leaves(lowered.in_avals)
+    )
     least = int(float(found[1]) * 2**30) + arguments
     return Need(program, device + least, host, refused=text)
   return Need(
@@ -238,21 +255,36 @@ def _need(
   )
 
 
-def _place(target: Target) -> jax.sharding.Sharding:
-  mesh = Mesh(np.array([target.device]), ("data",))
-  return NamedSharding(mesh, PartitionSpec())
+def _mesh(config: Config, target: Target) -> Mesh:
+  """The target's devices that the run takes."""
+  layout = config.layout.layout()
+  if layout is None:
+    return Layout().mesh([target.device])
+  return layout.mesh(target.devices)
 
 
-def _parameters(config: Config) -> tuple[Any, Shapes, Shapes]:
-  """The model's structure, what is trained and what is frozen."""
-  graphdef, params, frozen = initial.abstract_model(config.model)
-  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+def _places(config: Config, target: Target) -> Places:
+  model: Transformer = nnx.merge(*initial.abstract_model(config.model))
+  layout = config.layout.layout() or Layout()
+  return places_of(model, layout, _mesh(config, target))
 
 
-def _model(config: Config, place: jax.sharding.Sharding) -> Transformer:
-  """The model as shapes on a device."""
-  graphdef, *parts = _parameters(config)
-  states = (nnx.State(checkpoint.target_like(part, place)) for part in parts)
+def _parameters(config: Config, target: Target) -> tuple[Shapes, Shapes]:
+  """What is trained and what is frozen."""
+  places = _places(config, target)
+  _, *states = initial.abstract_model(config.model)
+  params, frozen = map(nnx.to_pure_dict, states)
+  return _placed(params, places.params), _placed(frozen, places.frozen)
+
+
+def _placed(shapes: Shapes, places: Any) -> Shapes:
+  return jax.tree.map(checkpoint.target_like, shapes, places)
+
+
+def _model(config: Config, target: Target) -> Transformer:
+  """The model as shapes on its devices."""
+  graphdef, *_ = initial.abstract_model(config.model)
+  states = map(nnx.State, _parameters(config, target))
   model: Transformer = nnx.merge(graphdef, *states)
   return model
 
@@ -266,17 +298,30 @@ def _gradients(params: Shapes) -> Shapes:
   )
 
 
-def _state(train: TrainConfig, params: Shapes) -> Shapes:
-  """The optimizer's state, on no device in particular."""
+def _state(config: Config, target: Target) -> Shapes:
+  """The optimizer's state."""
+  places = _places(config, target)
+  params, _ = _parameters(config, target)
   init = functools.partial(
-    optimizer.init_state, optimizer.make_optimizer(train)
+    optimizer.init_state, optimizer.make_optimizer(config.train)
   )
-  return jax.eval_shape(init, params)
+  state = jax.eval_shape(init, params)
+  return _placed(
+    state,
+    optimizer.state_shardings(
+      config.train, state, places.everywhere, places.updated
+    ),
+  )
 
 
 def _bytes(tree: Shapes) -> int:
-  leaves = jax.tree.leaves(tree)
-  return sum(x.size * x.dtype.itemsize // _in_a_byte(x.dtype) for x in leaves)
+  """On one device."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape))
+    * x.dtype.itemsize
+    // _in_a_byte(x.dtype)
+    for x in jax.tree.leaves(tree)
+  )
 
 
 def _in_a_byte(dtype: Any) -> int:

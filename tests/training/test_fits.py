@@ -10,7 +10,10 @@ from jaxchunk.models.lora import LoRA
 from jaxchunk.training import fits
 
 TARGET = types.SimpleNamespace(
-  device=jax.devices("cpu")[0], platform="cpu", memory=1000
+  device=jax.devices("cpu")[0],
+  devices=jax.devices("cpu"),
+  platform="cpu",
+  memory=1000,
 )
 
 
@@ -23,16 +26,16 @@ def size(cfg):
 
 def test_what_a_run_keeps(config):
   count = size(config.model)
-  kept = fits.kept_bytes(config)
+  kept = fits.kept_bytes(config, TARGET)
   # The state also counts updates, in five numbers.
   assert kept == {
     "parameters": 4 * count,
     "gradients": 4 * count,
     "optimizer": 8 * count + 4 * 5,
   }
-  assert fits.optimizer_bytes(config) == (kept["optimizer"], 0)
+  assert fits.optimizer_bytes(config, TARGET) == (kept["optimizer"], 0)
   config.train.optimizer_memory = "host"
-  device, host = fits.optimizer_bytes(config)
+  device, host = fits.optimizer_bytes(config, TARGET)
   # Norms stay.
   norms = 2 * 4 * 5 * config.model.d_model
   assert (device, host) == (norms + 20, 8 * count - norms)
@@ -47,7 +50,7 @@ def test_every_program_is_counted_with_all_that_lies_there(config):
     "evaluation of 256 tokens",
     "update",
   ]
-  kept = fits.kept_bytes(config)
+  kept = fits.kept_bytes(config, TARGET)
   for need in needs:
     all_kept = sum(kept.values())
     if need.program.startswith("evaluation"):
@@ -58,9 +61,30 @@ def test_every_program_is_counted_with_all_that_lies_there(config):
   assert needs[0].device > needs[1].device > needs[2].device
 
 
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}], ids=str)
+def test_what_a_device_of_many_keeps(config, sizes):
+  """Moments once in all (ZeRO-1); with fsdp parameters and gradients too."""
+  config.model = dataclasses.replace(config.model, vocab_size=264)
+  one = fits.kept_bytes(config, TARGET)
+  for name, value in sizes.items():
+    setattr(config.layout, name, value)
+  kept = fits.kept_bytes(config, TARGET)
+  # Five counts are everywhere.
+  assert kept["optimizer"] - 20 == (one["optimizer"] - 20) // 8
+  norms = 4 * 5 * config.model.d_model
+  whole = one["parameters"] - norms
+  split = 8 if "fsdp" in sizes else 1
+  assert kept["parameters"] == whole // split + norms
+  update = fits.update_need(config, TARGET)
+  # Beside parameters the update holds the sums and moments of its own part,
+  # and while it runs the new parameters.
+  own = kept["optimizer"] + one["gradients"] // 8
+  assert own <= update.device - kept["parameters"] < own + 2 * one["parameters"]
+
+
 def test_frozen_parameters_count_during_an_update(config):
   config.model = dataclasses.replace(config.model, lora=LoRA(rank=2))
-  kept = fits.kept_bytes(config)
+  kept = fits.kept_bytes(config, TARGET)
   assert kept["parameters"] - kept["gradients"] == 4 * size(config.model)
   need = fits.update_need(config, TARGET)
   assert need.device >= sum(kept.values())

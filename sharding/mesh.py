@@ -188,6 +188,11 @@ class Layout:
         )
     return PartitionSpec(*entries)
 
+  def splits(self, *logical: str) -> bool:
+    """Whether any of these logical axes is split at all."""
+    axes = {axis for name in logical for axis in self.rules[name]}
+    return any(self.shape[axis] > 1 for axis in axes)
+
   def spread(self, spec: PartitionSpec, shape: Sequence[int]) -> PartitionSpec:
     """The spec of an array, split further over devices that have copies.
 

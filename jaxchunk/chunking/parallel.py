@@ -29,8 +29,15 @@ from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.memory import Strategy
 from jaxchunk.chunking.ops import Stage
 from jaxchunk.chunking.scores import weighted_sum
-from jaxchunk.chunking.shards import Shards, axis_names
+from jaxchunk.chunking.shards import Shards
 from jaxchunk.chunking.spaco import SpaCO
+from jaxchunk.chunking.totals import (
+  SUMMED,
+  added,
+  make_zeros,
+  total_specs,
+  zero_totals,
+)
 from jaxchunk.chunking.turns import (
   GROUPS,
   SEQUENCE,
@@ -48,8 +55,6 @@ from jaxchunk.sharding.state import KVContext
 from jaxchunk.types import Example
 
 _NOWHERE = PartitionSpec()
-# Devices along these have gradients of their own.
-_SUMMED = (*GROUPS, SEQUENCE)
 
 
 def check_layout(
@@ -208,7 +213,7 @@ def accumulate_over(
   )
   chunks = [lane.num_chunks for lane in lanes]
   turns = make_turns(layout, ready.shards.lockstep, costs.lanes, chunks)
-  totals = _zeros(mesh, options, ready.shards)(ready.model)
+  totals = zero_totals(mesh, options, ready.shards)(ready.model)
   for turn in turns:
     lane, counts = place(model, turn, lanes, options.chunk_size, mesh)
     totals = _program(
@@ -221,7 +226,9 @@ def accumulate_over(
       mesh=mesh,
       shards=ready.shards,
     )
-  add = _added(mesh, options, ready.stored, layout if spread else None)
+  add = added(
+    mesh, options, ready.stored, ready.shards, layout if spread else None
+  )
   loss, grads = add(totals)
   weight = executor.weight_of(examples)
   return Sums(loss, weight, options.trainable.state(grads), plan)
@@ -259,7 +266,7 @@ def warm_up_over(
   _, lanes = executor.plan_lanes(model, [example], options.chunk_size)
   groups = math.prod(getattr(layout, axis) for axis in GROUPS)
   turn = Turn((0,) * groups, (1,) * groups)
-  totals = _zeros(mesh, options, ready.shards)(ready.model)
+  totals = zero_totals(mesh, options, ready.shards)(ready.model)
   top = capacity_chunks(-(-longest // options.chunk_size))
   capacities = [1 << n for n in range(top.bit_length())]
   for capacity in capacities:
@@ -274,7 +281,9 @@ def warm_up_over(
       mesh=mesh,
       shards=ready.shards,
     )
-  add = _added(mesh, options, ready.stored, layout if spread else None)
+  add = added(
+    mesh, options, ready.stored, ready.shards, layout if spread else None
+  )
   jax.block_until_ready(add(totals))
   return len(capacities)
 
@@ -339,12 +348,12 @@ def trace_over(
   mesh = layout.mesh() if mesh is None else mesh
   shapes = _Shapes.of(layout, model, capacity, options, mesh)
   totals = jax.eval_shape(
-    _make_zeros(mesh, options, shapes.shards), shapes.model
+    make_zeros(mesh, options, shapes.shards), shapes.model
   )
   totals = jax.tree.map(
     lambda a, spec: _shape(a.shape, a.dtype, mesh, spec),
     totals,
-    _total_specs(options, shapes.shards),
+    total_specs(options, shapes.shards),
   )
   return _program.trace(
     shapes.model,
@@ -462,12 +471,12 @@ def _program(
     return jax.tree.map(lambda a: a[None], sums)
 
   specs = [shards.spec(n) for n in range(len(leaves))]
-  total_specs = _total_specs(options, shards)
+  summed = total_specs(options, shards)
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(specs, *lane_specs(), total_specs, _NOWHERE),
-    out_specs=total_specs,
+    in_specs=(specs, *lane_specs(), summed, _NOWHERE),
+    out_specs=summed,
     check_vma=True,
   )(leaves, lane, counts, totals, rng)
 
@@ -489,7 +498,7 @@ def _loss_program(
   def local(leaves: Any, lane: Any, counts: Any) -> Any:
     model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
     nll = chunk_outer.lane_nll(stage, model, lane, counts[0])
-    return jax.lax.psum(weighted_sum(lane.weights, nll), _SUMMED)
+    return jax.lax.psum(weighted_sum(lane.weights, nll), SUMMED)
 
   specs = [shards.spec(n) for n in range(len(leaves))]
   return jax.shard_map(
@@ -532,61 +541,3 @@ def _over_context(state: KVPrefix) -> KVContext:
   }
   window = state.window if isinstance(state, KVWindow) else None
   return KVContext(**fields | {"window": window, "axis": SEQUENCE})
-
-
-def _total_specs(options: Options, shards: Shards) -> Any:
-  """How totals are split: in front, by the devices that have their own."""
-
-  def total(spec: PartitionSpec) -> PartitionSpec:
-    used = {name for split in spec for name in axis_names(split)}
-    return PartitionSpec(tuple(a for a in _SUMMED if a not in used), *spec)
-
-  chosen = options.trainable.chosen
-  specs = [shards.spec(n) for n, mine in enumerate(chosen) if mine]
-  return total(_NOWHERE), [total(spec) for spec in specs]
-
-
-def _make_zeros(mesh: Mesh, options: Options, shards: Shards) -> Any:
-  specs = _total_specs(options, shards)
-
-  def zeros(model: Transformer) -> Any:
-    totals = executor.zero_totals(model, options.trainable)
-
-    def each(a: Array, spec: PartitionSpec) -> Array:
-      count = math.prod(mesh.shape[axis] for axis in axis_names(spec[0]))
-      return jnp.zeros((count, *a.shape), a.dtype)
-
-    return jax.tree.map(each, totals, specs)
-
-  return zeros
-
-
-@functools.cache
-def _zeros(mesh: Mesh, options: Options, shards: Shards) -> Any:
-  """Totals of each device, in front of everything else."""
-  shardings = jax.tree.map(
-    functools.partial(NamedSharding, mesh),
-    _total_specs(options, shards),
-  )
-  return jax.jit(_make_zeros(mesh, options, shards), out_shardings=shardings)
-
-
-@functools.cache
-def _added(
-  mesh: Mesh, options: Options, stored: Shards, spread: Layout | None
-) -> Any:
-  """The sums of totals over devices, split as parameters are kept."""
-  chosen = options.trainable.chosen
-  specs = [stored.spec(n) for n, mine in enumerate(chosen) if mine]
-
-  def place(sum_: Array, spec: PartitionSpec) -> Array:
-    if spread is not None:
-      spec = spread.spread(spec, sum_.shape)
-    return jax.lax.with_sharding_constraint(sum_, NamedSharding(mesh, spec))
-
-  def add(totals: Any) -> Any:
-    loss, grads = jax.tree.map(lambda a: jnp.sum(a, 0), totals)
-    placed = [place(g, spec) for g, spec in zip(grads, specs, strict=True)]
-    return place(loss, _NOWHERE), placed
-
-  return jax.jit(add)

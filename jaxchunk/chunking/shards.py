@@ -10,6 +10,7 @@ Source: ZeRO (arXiv 1910.02054), stage 3; Megatron-LM (arXiv 1909.08053).
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxchunk.chunking.trainable import Trainable
 from jaxchunk.kernels.cross_entropy.xla import own_labels
-from jaxchunk.models.axes import parameter_axes
+from jaxchunk.models.axes import PARAMETER_AXES, parameter_axes
 from jaxchunk.models.transformer import Block, Transformer, layer_of
 from jaxchunk.sharding.mesh import Layout
 
@@ -46,7 +47,7 @@ class Shards:
       ValueError: A parameter cannot be split evenly; names it.
       NotImplementedError: The model is quantized, and would be split.
     """
-    if layout.fsdp == layout.tensor == layout.expert == 1:
+    if not layout.splits(*PARAMETER_AXES):
       return cls()
     paths = nnx.to_flat_state(nnx.state(model)).paths
     leaves = jax.tree.leaves(model)
@@ -67,6 +68,46 @@ class Shards:
   def spec(self, leaf: int) -> PartitionSpec:
     """Of a leaf of the model."""
     return self.specs[leaf] if self.specs else PartitionSpec()
+
+  def gathered_bytes(
+    self, model: Transformer, trainable: Trainable, layout: Layout
+  ) -> dict[str, int]:
+    """Bytes of a device that gathering takes beside the parts that are kept.
+
+    Gathered parameters and, of those that are trained, fp32 gradients.
+
+    Args:
+      model: The model, real or abstract.
+      trainable: What has gradients.
+      layout: Of the devices.
+
+    Returns:
+      By what `Layout.gather` may be: "layer" the largest layer or the head,
+      "step" all parameters.
+    """
+    whole = self.gathered()
+    groups: dict[Any, int] = {}
+    for n, (path, leaf) in enumerate(
+      zip(trainable.paths, jax.tree.leaves(model), strict=True)
+    ):
+      if whole.spec(n) == self.spec(n):
+        continue
+      names = [name for split in whole.spec(n) for name in axis_names(split)]
+      parts = math.prod(layout.shape[name] for name in names)
+      wide = jnp.promote_types(leaf.dtype, jnp.float32).itemsize
+      item = leaf.dtype.itemsize + (wide if trainable.chosen[n] else 0)
+      stack = path[:2] if path[0] == "blocks" else path
+      groups[stack] = groups.get(stack, 0) + leaf.size * item // parts
+    layers = [
+      size // (model.cfg.layers_of(stack[1]) if stack[0] == "blocks" else 1)
+      for stack, size in groups.items()
+      # Of the embedding tokens travel, unless it is the head too.
+      if stack != ("embed",) or trainable.unembed_leaf == trainable.embed_leaf
+    ]
+    return {
+      "layer": max(layers, default=0),
+      "step": sum(groups.values()),
+    }
 
   @property
   def lockstep(self) -> frozenset[str]:

@@ -19,6 +19,9 @@ _MATRICES = {
 
 Axes = tuple[str | None, ...]
 
+PARAMETER_AXES = ("embed", "heads", "kv_heads", "mlp", "vocab", "rank")
+"""Those of parameters, beside layers and experts."""
+
 
 def parameter_axes(model: Transformer) -> list[Axes]:
   """What each axis of each parameter is.

@@ -21,6 +21,7 @@ from jaxchunk.data.config import DataConfig
 from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.rules import Rules
 
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "muon"]
 ScheduleName = Literal["cosine", "wsd"]
@@ -139,6 +140,8 @@ class LayoutConfig:
     context: Devices of a group, which share each sequence; divides
       `train.chunk_size`.
     tensor: Devices that share heads, the MLP and the vocabulary.
+    fsdp_over_context: Whether the devices that share a sequence also share the
+      parameters, as those of fsdp do.
     gather: Where shared parameters are gathered: "layer" by layer, or all once
       a "step".
     slices: TPU slices, or hosts of GPUs, joined by a slower network.
@@ -149,6 +152,7 @@ class LayoutConfig:
   fsdp: int = 1
   context: int = 1
   tensor: int = 1
+  fsdp_over_context: bool = False
   gather: Literal["layer", "step"] = "layer"
   slices: int = 1
   slices_over: Literal["data", "fsdp"] = "data"
@@ -159,7 +163,11 @@ class LayoutConfig:
     Raises:
       ValueError: A size is impossible.
     """
-    layout = Layout(**dataclasses.asdict(self))
+    sizes = dataclasses.asdict(self)
+    rules = None
+    if sizes.pop("fsdp_over_context"):
+      rules = {"embed": ("fsdp", "context")}
+    layout = Layout(**sizes, rules=Rules(rules))
     return None if layout.num_devices == 1 else layout
 
 

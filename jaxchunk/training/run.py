@@ -18,6 +18,7 @@ from tqdm import tqdm
 from jaxchunk.chunking.executor import Options, choose_strategy, make_options
 from jaxchunk.chunking.memory import memory_by_length
 from jaxchunk.chunking.plan import ChunkPlan
+from jaxchunk.chunking.shards import Shards
 from jaxchunk.data.accounting import KEPT, Accounting
 from jaxchunk.data.corpus import (
   Corpus,
@@ -46,6 +47,8 @@ from jaxchunk.training.places import Places, places_of
 from jaxchunk.training.saver import Saver
 from jaxchunk.training.workdir import write_errors
 from jaxchunk.types import Example
+
+_GATHERED = {"layer": "a layer at a time", "step": "all once a step"}
 
 
 @dataclasses.dataclass
@@ -160,6 +163,16 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
   distributed.check_same_place(config, corpus, step, batches.get_state())
   if distributed.leads():
     _write_start(config, workdir, None if restored else corpus)
+  options = make_options(
+    nnx.merge(graphdef, nnx.State(params), nnx.State(frozen)),
+    chunk_size=config.train.chunk_size,
+    live_chunks=config.train.live_chunks,
+    strategy=config_lib.strategy_of(config.train),
+    trainable=initial.trainable(config.model),
+    kv_memory=config.train.kv_memory,
+    implementation=config.train.implementation,
+  )
+  _say_layout(config, nnx.merge(graphdef, shapes, others), options)
   key = jax.random.key_data(jax.random.key(config.train.seed))
   return Run(
     config=config,
@@ -168,15 +181,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     batches=batches,
     heldout=heldout,
     graphdef=graphdef,
-    options=make_options(
-      nnx.merge(graphdef, nnx.State(params), nnx.State(frozen)),
-      chunk_size=config.train.chunk_size,
-      live_chunks=config.train.live_chunks,
-      strategy=config_lib.strategy_of(config.train),
-      trainable=initial.trainable(config.model),
-      kv_memory=config.train.kv_memory,
-      implementation=config.train.implementation,
-    ),
+    options=options,
     update=optimizer.make_update(
       config.train,
       state_places,
@@ -190,6 +195,25 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     state=state,
     step=step,
     mesh=mesh,
+  )
+
+
+def _say_layout(config: Config, model: Transformer, options: Options) -> None:
+  """Prints what each axis splits, and what gathering takes."""
+  layout = config.layout.layout()
+  if layout is None:
+    return
+  say(layout.table())
+  shards = Shards.of(model, layout)
+  if not shards.gathers:
+    return
+  sizes = shards.gathered_bytes(model, options.trainable, layout)
+  other = "step" if layout.gather == "layer" else "layer"
+  say(
+    f"Parameters are gathered {_GATHERED[layout.gather]}: "
+    f"{sizes[layout.gather] / 2**20:,.1f} MiB on each device "
+    f"({_GATHERED[other]}, layout.gather={other!r}, it would be "
+    f"{sizes[other] / 2**20:,.1f})"
   )
 
 

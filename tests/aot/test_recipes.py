@@ -20,6 +20,8 @@ RECIPES = [
   ("sft_h200", "128k", "h200"),
   ("sft_h200", "512k", "h200"),
   ("lora_24gb", "64k", "rtx4090"),
+  ("sft_slices", "v5e", "v5e:4x4"),
+  ("sft_slices", "v6e", "v6e:2x4"),
 ]
 GIB = 2**30
 

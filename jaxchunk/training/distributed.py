@@ -63,6 +63,12 @@ def leads() -> bool:
   return index() == 0
 
 
+def leader_host() -> str:
+  """The host of process 0, as this one reaches it."""
+  address: str = jax_distributed.global_state.coordinator_address or ""
+  return address.rsplit(":", 1)[0].strip("[]")
+
+
 def find_cluster(environ: Mapping[str, str]) -> str | None:
   """The cluster in which several processes were started, if jax knows it.
 

@@ -10,6 +10,7 @@ comes later, and sees neither a main thread that hangs nor which process it is.
 import contextlib
 import dataclasses
 import json
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -118,8 +119,9 @@ class Watchdog:
     self._stop = threading.Event()
     self._threads = [
       threading.Thread(target=work, name=work.__name__, daemon=True)
-      for work in (self._beat, self._listen, self._watch)
+      for work in (self._beat, self._listen, self._watch, self._hold)
     ]
+    self._line: socket.socket | None = None
 
   def begins(self, step: int) -> None:
     """Tells that this process is about to dispatch a step."""
@@ -127,6 +129,8 @@ class Watchdog:
 
   def __enter__(self) -> Self:
     if distributed.count() > 1:
+      if distributed.leads():
+        self._line = socket.create_server(("", 0))
       for thread in self._threads:
         thread.start()
     return self
@@ -149,6 +153,7 @@ class Watchdog:
     self._stop.set()
     if distributed.leads():
       self._accuse(_NOBODY)
+      self._hang_up()
     for thread in self._threads:
       thread.join()
 
@@ -176,6 +181,8 @@ class Watchdog:
     """Tells that this process lives."""
     key, beats = f"{self._beats}/{distributed.index()}", 0
     place = distributed.here()
+    if self._line is not None:
+      place["port"] = self._line.getsockname()[1]
     while not self._stop.wait(self._interval if beats else 0):
       beats += 1
       values = {"step": self._step, "ended": self._ended, "beats": beats}
@@ -201,6 +208,41 @@ class Watchdog:
           verdict = f"{self._leader} died, or cannot be reached"
     if verdict:
       self._obey(verdict)
+
+  def _hold(self) -> None:
+    """Keeps a line to process 0, which the system cuts when that ends.
+
+    jax, too, ends this process then: at once, in the thread that would tell
+    `_listen`, and with a message that names nobody.
+    """
+    if self._line is not None:
+      lines = []
+      # Until it is shut down.
+      with contextlib.suppress(OSError):
+        while True:
+          lines.append(self._line.accept())
+      for line, _ in lines:
+        line.close()
+      return
+    with contextlib.suppress(jax.errors.JaxRuntimeError, OSError):
+      text = distributed.client().blocking_key_value_get(
+        f"{self._beats}/0", _MS
+      )
+      first = json.loads(text)
+      self._leader = distributed.describe(0, first)
+      address = (distributed.leader_host(), first["port"])
+      with socket.create_connection(address, timeout=10) as line:
+        line.settimeout(None)
+        with contextlib.suppress(ConnectionError):
+          line.recv(1)
+      if not self._ended:
+        self._obey(f"{self._leader} died")
+
+  def _hang_up(self) -> None:
+    """Ends `_hold` of process 0, and so those of the others."""
+    if self._line is not None:
+      self._line.shutdown(socket.SHUT_RDWR)
+      self._line.close()
 
   def _watch(self) -> None:
     """Looks for a process that holds up the others."""

@@ -105,6 +105,23 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     },
   ),
   "qwen3": ("Qwen3", "Qwen3", _rope("default", 1e6) | {"head_dim": 32}),
+  "mixtral": (
+    "Mixtral",
+    "Mixtral",
+    {"sliding_window": WINDOW, "num_local_experts": 5},
+  ),
+  "qwen3 moe": (
+    "Qwen3Moe",
+    "Qwen3Moe",
+    _rope("default", 1e6)
+    | {
+      "head_dim": 32,
+      "num_experts": 6,
+      "num_experts_per_tok": 3,
+      "moe_intermediate_size": 24,
+      "norm_topk_prob": True,
+    },
+  ),
   "phi3": ("Phi3", "Phi3", {"sliding_window": WINDOW}),
   "phi3 longrope": ("Phi3", "Phi3", _LONGROPE),
   "phi4": (
@@ -154,5 +171,5 @@ def random_model(name: str, seed: int) -> Any:
     for p in model.parameters():
       noise = torch.randn(p.shape, generator=generator)
       # Trained scales and biases; products of unit size.
-      p.copy_(p + 0.3 * noise if p.ndim == 1 else noise * p.shape[1] ** -0.5)
+      p.copy_(p + 0.3 * noise if p.ndim == 1 else noise * p.shape[-1] ** -0.5)
   return model

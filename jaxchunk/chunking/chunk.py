@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxchunk.kernels.state import ChunkPlace
 from jaxchunk.models.dropout import DropoutKeys
@@ -42,6 +42,11 @@ class Chunk:
   place: ChunkPlace
   ropes: RopeTables
   dropout: DropoutKeys | None
+
+  @property
+  def valid(self) -> Bool[Array, "B C"]:
+    """Which tokens are no padding."""
+    return self.place.segment_ids > 0
 
 
 def chunk_of(

@@ -90,7 +90,8 @@ def lane_gradient(
     cotangents, grads = stage.backward(
       model, here, dx, states, cotangents, slots, slot, grads
     )
-    return (loss + part.astype(loss.dtype), grads), cotangents
+    loss = stage.add_router_losses(loss + part.astype(loss.dtype), slots, slot)
+    return (loss, grads), cotangents
 
   states = stage.init_states(model, batch, length)
   count = max(live, 1)

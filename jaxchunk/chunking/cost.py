@@ -7,6 +7,10 @@ counts `2 * m * k * n`; norms, softmax and other element-wise work count
 nothing, embeddings are looked up, and within a block of attention the pairs
 that its mask hides are not counted either.
 
+Of experts those count that a token goes to, not empty slots of a capacity, and
+not what a backend without ragged products multiplies in vain (XLA on CPU
+multiplies every copy of a token by every expert).
+
 Where a model has adapters, they alone are trained: the matrices beside them
 and the head cost no product for their own gradients.
 
@@ -46,7 +50,11 @@ def layer_flops_per_token(cfg: ModelConfig) -> int:
 
 
 def _matrix_flops(cfg: ModelConfig) -> int:
-  return 2 * cfg.num_layers * sum(n * m for n, m in _matrices(cfg).values())
+  one = sum(n * m for n, m in _matrices(cfg).values())
+  if cfg.moe is not None:
+    copies = 3 * cfg.d_model * cfg.moe.d_ff * cfg.moe.experts_per_token
+    one += cfg.d_model * cfg.moe.num_experts + copies
+  return 2 * cfg.num_layers * one
 
 
 def _adapter_flops(cfg: ModelConfig) -> int:
@@ -57,9 +65,9 @@ def _adapter_flops(cfg: ModelConfig) -> int:
 
 
 def _matrices(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
-  """Inputs and outputs of a layer's matrices."""
+  """Inputs and outputs of a layer's matrices, but for routers and experts."""
   heads, keys = cfg.num_heads * cfg.head_width, cfg.kv_heads * cfg.head_width
-  D, F = cfg.d_model, cfg.d_ff
+  D, F = cfg.d_model, cfg.mlp_width
   return {
     "q": (D, heads),
     "k": (D, keys),
@@ -69,6 +77,14 @@ def _matrices(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
     "up": (D, F),
     "down": (F, D),
   }
+
+
+def active_parameters(cfg: ModelConfig, total: int) -> int:
+  """Of so many parameters, those that a token goes through."""
+  if cfg.moe is None:
+    return total
+  idle = cfg.moe.num_experts - cfg.moe.experts_per_token
+  return total - cfg.num_layers * 3 * cfg.d_model * cfg.moe.d_ff * idle
 
 
 def head_flops_per_token(cfg: ModelConfig) -> int:
@@ -131,8 +147,9 @@ class StepCost:
 
   Attributes:
     model: What the sequences need, see `model_flops`.
-    recomputed: Done again to save memory: chunks that run forward twice,
-      attention's scores in the backward pass, logits that were not kept.
+    recomputed: Done again to save memory, or first to know a batch's balance:
+      chunks that run forward more than once, attention's scores in the
+      backward pass, logits that were not kept.
     padding: Spent on padding, recomputation of it included.
     chunks: Of each chunk, lane by lane.
     lanes: Of each lane, recomputation included.
@@ -187,6 +204,8 @@ def plan_cost(
   lanes, padding = [], 0
   for lane, costs in zip(plan.lanes, chunks, strict=True):
     passes = forward_passes(len(costs), live_chunks, strategy)
+    if cfg.moe is not None and cfg.moe.balance_loss:
+      passes = [n + 1 for n in passes]
     extra = 0
     if runs_layer_outer(len(costs), strategy):
       extra = _layer_outer_extra(cfg)
@@ -248,7 +267,7 @@ def _layer_outer_extra(cfg: ModelConfig) -> int:
   behind it wants that.
   """
   keys = cfg.kv_heads * cfg.head_width
-  ends_early = 0 if cfg.post_norms else 2 * cfg.d_ff
+  ends_early = 0 if cfg.post_norms else 2 * cfg.active_width
   return cfg.num_layers * cfg.d_model * (4 * keys - ends_early)
 
 

@@ -1,5 +1,6 @@
 """Runs planned lanes through a few compiled programs and adds up their sums."""
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +28,17 @@ from jaxchunk.chunking.memory import (
 )
 from jaxchunk.chunking.ops import Keep, Stage, state_of
 from jaxchunk.chunking.plan import ChunkPlan, chunk_plan
+from jaxchunk.chunking.routing import (
+  check_no_router_losses,
+  has_router_losses,
+  lane_counts,
+)
 from jaxchunk.chunking.scores import TokenScores, chunk_scores, weighted_sum
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.chunking.trainable import Trainable
 from jaxchunk.kernels.attention.backends import BACKENDS, Backend
 from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.moe import RouterWeights
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.types import Example, check_vocabulary
 
@@ -145,6 +152,7 @@ def make_options(
   if strategy is None:
     strategy = choose_strategy(model.cfg, live_chunks, grad_dtype)
   if isinstance(strategy, SpaCO):
+    check_no_router_losses(model.cfg, f"strategy={strategy}")
     if live_chunks > 1:
       raise ValueError(
         f"live_chunks={live_chunks} with {strategy}: no chunk stays alive "
@@ -188,6 +196,7 @@ def lane_program(
   num_chunks: Array,
   totals: tuple[Array, list[Array]],
   rng: PRNGKeyArray | None,
+  router: RouterWeights | None = None,
   *,
   options: Options,
 ) -> tuple[Array, list[Array]]:
@@ -196,7 +205,7 @@ def lane_program(
   Raises:
     ValueError: The strategy draws chunks and there is no key.
   """
-  stage = options.stage(model.cfg)
+  stage = dataclasses.replace(options.stage(model.cfg), router=router)
   return lane_gradient(stage, options, model, lane, num_chunks, totals, rng)
 
 
@@ -242,6 +251,23 @@ def lane_gradient(
   return chunk_outer.lane_gradient(
     stage, options.live_chunks, model, lane, num_chunks, totals, rng
   )
+
+
+@functools.partial(
+  jax.jit, static_argnames=("options",), donate_argnames=("counts",)
+)
+def counts_program(
+  model: Transformer,
+  lane: Lane,
+  num_chunks: Array,
+  counts: Array,
+  rng: PRNGKeyArray | None,
+  *,
+  options: Options,
+) -> Array:
+  """Adds the copies that each expert gets of a lane to the donated counts."""
+  stage = options.stage(model.cfg)
+  return lane_counts(stage, model, lane, num_chunks, counts, rng)
 
 
 @functools.partial(jax.jit, static_argnames=("options",))
@@ -310,7 +336,8 @@ def accumulate(
 
   The sums do not depend on the chunk size, the packing or the strategy, and
   add up over calls and devices; divide them once by the global weight. Work
-  is dispatched asynchronously: nothing waits for the device.
+  is dispatched asynchronously: nothing waits for the device. Losses of routers
+  are over the sequences of one call, which must be the global batch then.
 
   Args:
     model: The model.
@@ -326,11 +353,52 @@ def accumulate(
     ValueError: A token is not in the vocabulary, or `SpaCO` has no key.
   """
   plan, lanes = plan_lanes(model, examples, options.chunk_size)
+  weight = weight_of(examples)
+  router = None
+  if has_router_losses(model.cfg):
+    placed = place_lanes(model, lanes, plan)
+    tokens = sum(plan.lengths)
+    router = _router_weights(model, placed, tokens, weight, options, rng)
   totals = _zero_totals(model, trainable=options.trainable)
   for lane, num_chunks in place_lanes(model, lanes, plan):
-    totals = lane_program(model, lane, num_chunks, totals, rng, options=options)
+    totals = lane_program(
+      model, lane, num_chunks, totals, rng, router, options=options
+    )
   loss, grads = totals
-  return Sums(loss, weight_of(examples), options.trainable.state(grads), plan)
+  return Sums(loss, weight, options.trainable.state(grads), plan)
+
+
+def _router_weights(
+  model: Transformer,
+  placed: Iterator[tuple[Lane, Array]],
+  tokens: int,
+  weight: float,
+  options: Options,
+  rng: PRNGKeyArray | None,
+) -> RouterWeights:
+  """What the routers' sums of these lanes count for.
+
+  Their losses are means over tokens; all sums are divided by the weight once.
+  """
+  moe = model.cfg.moe
+  assert moe is not None
+  wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+  counts, numbers = jax.device_put(
+    (
+      np.zeros((model.cfg.num_layers, moe.num_experts), np.int32),
+      (np.asarray(tokens, wide), np.asarray(weight, wide)),
+    ),
+    data_sharding(model),
+  )
+  if moe.balance_loss:
+    for lane, num_chunks in placed:
+      counts = counts_program(
+        model, lane, num_chunks, counts, rng, options=options
+      )
+  return _weights(moe, counts, *numbers)
+
+
+_weights = jax.jit(RouterWeights.of, static_argnums=0)
 
 
 def warm_up(
@@ -362,9 +430,13 @@ def warm_up(
   top = capacity_chunks(-(-longest // options.chunk_size))
   capacities = [1 << n for n in range(top.bit_length())]
   for capacity in capacities:
+    router = None
+    if has_router_losses(model.cfg):
+      placed = place_lanes(model, lanes, plan, capacity)
+      router = _router_weights(model, placed, 1, 1.0, options, rng)
     for lane, num_chunks in place_lanes(model, lanes, plan, capacity):
       totals = lane_program(
-        model, lane, num_chunks, totals, rng, options=options
+        model, lane, num_chunks, totals, rng, router, options=options
       )
   # What they needed is free again when this returns.
   jax.block_until_ready(totals)

@@ -24,9 +24,14 @@ from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.memory import MemorySpace
 from jaxchunk.chunking.ops import Keep
 from jaxchunk.chunking.parallel import accumulate_over, trace_over
+from jaxchunk.chunking.routing import (
+  check_no_router_losses,
+  has_router_losses,
+)
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.chunking.trainable import check_trainable
 from jaxchunk.kernels.attention.backends import Backend
+from jaxchunk.models.moe import RouterWeights
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.types import Batch
@@ -93,8 +98,9 @@ def chunked_value_and_grad(
 
   Returns:
     `(loss, grads)`: the scalar `sum(weights * nll) / sum(weights)` (or
-    `loss(...)`), and gradients in at least fp32, structured as
-    `nnx.state(model, trainable)`.
+    `loss(...)`), plus the losses of routers over the whole batch, where the
+    model has some (that of balance costs one more forward pass); and
+    gradients in at least fp32, structured as `nnx.state(model, trainable)`.
 
   Raises:
     ValueError: The batch is malformed or an argument out of range.
@@ -114,6 +120,7 @@ def chunked_value_and_grad(
     kv_memory=kv_memory,
   )
   if loss is not None:
+    check_no_router_losses(model.cfg, "loss=...")
     if rng is not None and model.cfg.dropout:
       raise ValueError(
         "a sequence loss with dropout is not supported: the first of its two "
@@ -231,13 +238,18 @@ def lower_chunked(
   ]
   wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
   sharding = number.sharding
-  loss = jax.ShapeDtypeStruct((), wide, sharding=sharding)
+  loss: Any = jax.ShapeDtypeStruct((), wide, sharding=sharding)
   rng = None
   if isinstance(options.strategy, SpaCO):
     key = jax.eval_shape(lambda: jax.random.key(0))
     rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding)
+  router = None
+  if model.cfg.moe is not None and has_router_losses(model.cfg):
+    shape = (model.cfg.num_layers, model.cfg.moe.num_experts)
+    balance: Any = jax.ShapeDtypeStruct(shape, wide, sharding=sharding)
+    router = RouterWeights(balance, loss)
   return lane_program.lower(
-    model, lane, number, (loss, grads), rng, options=options
+    model, lane, number, (loss, grads), rng, router, options=options
   )
 
 

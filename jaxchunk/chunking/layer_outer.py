@@ -100,7 +100,7 @@ def lane_gradient(
       )
 
     def step(i: Any, read: Any, carry: Any) -> Any:
-      (x, dy), (state, cotangent, sums) = read, carry
+      (x, dy), (state, cotangent, sums, loss) = read, carry
       here = chunk(i)
       _, state, saved = stage.forward_block(
         block, x, here, position, 0, spec.restore(state, i), number
@@ -112,7 +112,9 @@ def lane_gradient(
         sums = stage.add_layer(sums, position, index, gradients)
       else:
         sums = [a + b for a, b in zip(sums, gradients, strict=True)]
-      return dx, (state, cotangent, sums)
+      own = stage.router_loss(saved["router"], number)
+      loss = loss if own is None else loss + own
+      return dx, (state, cotangent, sums, loss)
 
     state = spec.reset(scratch[place])
     state = lax.fori_loop(0, num_chunks, write, state)
@@ -120,8 +122,8 @@ def lane_gradient(
     order = _Order(num_chunks, size, reverse=True)
     reads = (number, number + 1)
     sums = grads if whole else _layer_sums(stage, block, position, lane)
-    inputs, (state, _, sums) = _sweep(
-      order, inputs, reads, number, step, (state, cotangent, sums)
+    inputs, (state, _, sums, loss) = _sweep(
+      order, inputs, reads, number, step, (state, cotangent, sums, loss)
     )
     grads = sums if whole else stage.add_layer(grads, position, index, sums)
     return inputs, put(scratch, place, state), (loss, grads)

@@ -51,11 +51,16 @@ def activation_bytes_per_token(cfg: ModelConfig) -> int:
   """Bytes that a live chunk keeps of each of its tokens, in all layers.
 
   The layer's input, q, attention's output before and after its projection,
-  and the MLP's gate and up (`keep="all"`).
+  and the MLP's gate and up (`keep="all"`), those of a token's experts too, and
+  the router's logits.
   """
   item = jnp.dtype(cfg.dtype).itemsize
   heads = cfg.num_heads * cfg.head_width
-  return item * cfg.num_layers * (2 * cfg.d_model + 2 * heads + 2 * cfg.d_ff)
+  kept = item * (2 * cfg.d_model + 2 * heads + 2 * cfg.active_width)
+  if cfg.moe is not None:
+    wide = jnp.promote_types(cfg.dtype, jnp.float32)
+    kept += wide.itemsize * cfg.moe.num_experts
+  return cfg.num_layers * kept
 
 
 def working_bytes_per_token(cfg: ModelConfig) -> int:
@@ -63,12 +68,19 @@ def working_bytes_per_token(cfg: ModelConfig) -> int:
 
   Queries, keys and values, the MLP's gate, up and hidden, each with their
   cotangents, and what passes between the layer's norms, products and
-  residuals. The factors are what XLA was seen to hold; the compiled figure
-  differs by what it finds to share.
+  residuals; of experts also the sorted copies of a token and their outputs,
+  each with its cotangent. The factors are what XLA was seen to hold, but for
+  those of experts, which are counted; the compiled figure differs by what it
+  finds to share, and on CPU, without ragged products, by a factor of the
+  number of experts.
   """
   item = jnp.dtype(cfg.dtype).itemsize
   heads, keys = cfg.num_heads * cfg.head_width, cfg.kv_heads * cfg.head_width
-  return item * (4 * heads + 4 * keys + 6 * cfg.d_ff + 11 * cfg.d_model)
+  copies = 0 if cfg.moe is None else cfg.moe.experts_per_token
+  width = 11 + 4 * copies
+  return item * (
+    4 * heads + 4 * keys + 6 * cfg.active_width + width * cfg.d_model
+  )
 
 
 def remat_bytes_per_token(cfg: ModelConfig) -> int:

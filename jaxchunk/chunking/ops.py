@@ -34,6 +34,7 @@ from jaxchunk.kernels.state import (
 from jaxchunk.kernels.state_host import KVHost
 from jaxchunk.kernels.vma import vary_like, varying_axes, zeros_like_type
 from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.moe import RouterWeights
 from jaxchunk.models.tape import Tape
 from jaxchunk.models.transformer import Block, Transformer
 
@@ -84,6 +85,7 @@ class Stage:
     trainable: Which parameters get gradients.
     keep: What a slot holds.
     shards: How the parameters are split over devices.
+    router: What routers' sums count for in the loss; `None` is nothing.
   """
 
   chunk_size: int
@@ -91,6 +93,7 @@ class Stage:
   trainable: Trainable
   keep: Keep = "all"
   shards: Shards = dataclasses.field(default_factory=Shards)
+  router: RouterWeights | None = None
 
   def layer(self, model: Transformer, position: int, index: Any) -> Block:
     """Layer `index` (may be traced) at a position of the window pattern."""
@@ -154,9 +157,10 @@ class Stage:
     state = spec.write(state, layer, chunk.place, k, v)
     o, residual = spec.attend(state, layer, chunk.place, q)
     keys = chunk.dropout and chunk.dropout.layer(number)
-    y = block.post(x, o, tape, keys)
+    y = block.post(x, o, tape, keys, chunk.valid)
     products = tape.saved if self.keep == "all" else {}
-    return y, state, {"x": x, "o": o, "residual": residual, "tape": products}
+    saved = {"x": x, "o": o, "residual": residual, "tape": products}
+    return y, state, saved | {"router": tape.router}
 
   def write_block(
     self,
@@ -191,11 +195,14 @@ class Stage:
     def pre(weights: list[Array], x: Array) -> tuple[Array, Array, Array]:
       return rebuild(weights).pre(x, chunk.ropes, Tape(saved["tape"]))
 
-    def post(weights: list[Array], x: Array, o: Array) -> Array:
-      return rebuild(weights).post(x, o, Tape(saved["tape"]), keys)
+    def post(weights: list[Array], x: Array, o: Array) -> tuple[Array, Any]:
+      tape = Tape(saved["tape"])
+      y = rebuild(weights).post(x, o, tape, keys, chunk.valid)
+      return y, self.router_loss(tape.router, number)
 
-    _, post_vjp = jax.vjp(post, weights, x, o)
-    d_post, dx_post, do = post_vjp(dy)
+    (_, own), post_vjp = jax.vjp(post, weights, x, o)
+    one = vary_like(jax.tree.map(jnp.ones_like, own), own)
+    d_post, dx_post, do = post_vjp((dy, one))
     (q, k, v), pre_vjp = jax.vjp(pre, weights, x)
     d_qkv, cotangent = self.states[position].attend_bwd(
       state,
@@ -212,6 +219,30 @@ class Stage:
     d_pre, dx_pre = pre_vjp(d_qkv)
     gradients = [a + b for a, b in zip(d_post, d_pre, strict=True)]
     return dx_post + dx_pre, cotangent, gradients
+
+  def router_loss(self, said: Any, number: Any) -> Float[Array, ""] | None:
+    """What a layer's router adds to the loss; `None` is nothing.
+
+    Args:
+      said: `saved["router"]` of `forward_block`.
+      number: Of the layer in the model.
+    """
+    if self.router is None:
+      return None
+    balance = lax.dynamic_index_in_dim(self.router.balance, number, 0, False)
+    return self.router._replace(balance=balance).loss(said)
+
+  def add_router_losses(self, loss: Array, slots: Slots, slot: Any) -> Array:
+    """The loss, with what the routers of all layers add for a slot's chunk."""
+    if self.router is None:
+      return loss
+    for position, saved in enumerate(slots):
+      said = jax.tree.map(
+        lambda a: lax.dynamic_index_in_dim(a, slot, 0, False), saved["router"]
+      )
+      balance = self.router.balance[position :: len(slots)]
+      loss += self.router._replace(balance=balance).loss(said)
+    return loss
 
   def init_states(
     self, model: Transformer, batch: int, capacity: int

@@ -28,6 +28,7 @@ from jaxchunk.chunking.executor import Options, Sums
 from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.memory import Strategy
 from jaxchunk.chunking.ops import Stage
+from jaxchunk.chunking.routing import has_router_losses, lane_counts
 from jaxchunk.chunking.scores import weighted_sum
 from jaxchunk.chunking.shards import Shards
 from jaxchunk.chunking.spaco import SpaCO
@@ -49,6 +50,7 @@ from jaxchunk.chunking.turns import (
 from jaxchunk.kernels.state import KVPrefix, KVWindow
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.moe import RouterWeights
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.sharding.state import KVContext
@@ -65,18 +67,15 @@ def check_layout(
   Raises:
     ValueError: Chunks or heads cannot be dealt out evenly; names a size that
       can.
-    NotImplementedError: The layout has stages or experts, or does not go with
-      the options.
+    NotImplementedError: The layout has stages, or does not go with the
+      options.
   """
-  for axis in ("stage", "expert"):
-    if (size := getattr(layout, axis)) > 1:
-      near = dataclasses.replace(
-        layout, **{axis: 1, "data": layout.data * size}
-      )
-      raise NotImplementedError(
-        f"layout.{axis}={size}: chunks do not run over it so far; the nearest "
-        f"layout is {near}"
-      )
+  if layout.stage > 1:
+    near = dataclasses.replace(layout, stage=1, data=layout.data * layout.stage)
+    raise NotImplementedError(
+      f"layout.stage={layout.stage}: chunks do not run over it so far; the "
+      f"nearest layout is {near}"
+    )
   size, devices = options.chunk_size, layout.context
   if size % devices:
     raise ValueError(
@@ -84,6 +83,7 @@ def check_layout(
       f"devices; take {-(-size // devices) * devices}"
     )
   check_heads(layout, cfg)
+  check_experts(layout, cfg)
   if isinstance(options.strategy, SpaCO):
     raise NotImplementedError(f"{options.strategy} with a layout")
   if options.kv_memory == "host":
@@ -112,6 +112,25 @@ def check_heads(layout: Layout, cfg: ModelConfig) -> None:
     raise NotImplementedError(
       f"layout.tensor={parts} with qk_norm_over={cfg.qk_norm_over!r}: its "
       "norm needs all heads of a token; use 'context' or 'fsdp'"
+    )
+
+
+def check_experts(layout: Layout, cfg: ModelConfig) -> None:
+  """Whether a layout can split a model's experts.
+
+  Raises:
+    ValueError: It cannot, or there are none; names the nearest layout.
+  """
+  experts = 1 if cfg.moe is None else cfg.moe.num_experts
+  fits = math.gcd(experts, layout.expert)
+  if fits < layout.expert:
+    near = dataclasses.replace(
+      layout, expert=fits, data=layout.data * layout.expert // fits
+    )
+    has = "a model without experts" if cfg.moe is None else f"{experts} experts"
+    raise ValueError(
+      f"layout.expert={layout.expert} cannot split {has}; the nearest layout "
+      f"is {near}"
     )
 
 
@@ -213,24 +232,22 @@ def accumulate_over(
   )
   chunks = [lane.num_chunks for lane in lanes]
   turns = make_turns(layout, ready.shards.lockstep, costs.lanes, chunks)
+  weight = executor.weight_of(examples)
+  placed = [place(model, t, lanes, options.chunk_size, mesh) for t in turns]
+  static: Any = {"options": options, "mesh": mesh, "shards": ready.shards}
+  router = None
+  if has_router_losses(model.cfg):
+    tokens = sum(plan.lengths)
+    router = _router_weights(ready, placed, tokens, weight, static)
   totals = zero_totals(mesh, options, ready.shards)(ready.model)
-  for turn in turns:
-    lane, counts = place(model, turn, lanes, options.chunk_size, mesh)
+  for lane, counts in placed:
     totals = _program(
-      ready.model,
-      lane,
-      counts,
-      totals,
-      ready.rng,
-      options=options,
-      mesh=mesh,
-      shards=ready.shards,
+      ready.model, lane, counts, totals, ready.rng, router, **static
     )
   add = added(
     mesh, options, ready.stored, ready.shards, layout if spread else None
   )
   loss, grads = add(totals)
-  weight = executor.weight_of(examples)
   return Sums(loss, weight, options.trainable.state(grads), plan)
 
 
@@ -266,20 +283,17 @@ def warm_up_over(
   _, lanes = executor.plan_lanes(model, [example], options.chunk_size)
   groups = math.prod(getattr(layout, axis) for axis in GROUPS)
   turn = Turn((0,) * groups, (1,) * groups)
+  static: Any = {"options": options, "mesh": mesh, "shards": ready.shards}
   totals = zero_totals(mesh, options, ready.shards)(ready.model)
   top = capacity_chunks(-(-longest // options.chunk_size))
   capacities = [1 << n for n in range(top.bit_length())]
   for capacity in capacities:
     lane, counts = place(model, turn, lanes, options.chunk_size, mesh, capacity)
+    router = None
+    if has_router_losses(model.cfg):
+      router = _router_weights(ready, [(lane, counts)], 1, 1.0, static)
     totals = _program(
-      ready.model,
-      lane,
-      counts,
-      totals,
-      ready.rng,
-      options=options,
-      mesh=mesh,
-      shards=ready.shards,
+      ready.model, lane, counts, totals, ready.rng, router, **static
     )
   add = added(
     mesh, options, ready.stored, ready.shards, layout if spread else None
@@ -347,6 +361,13 @@ def trace_over(
   """
   mesh = layout.mesh() if mesh is None else mesh
   shapes = _Shapes.of(layout, model, capacity, options, mesh)
+  router = None
+  if model.cfg.moe is not None and has_router_losses(model.cfg):
+    wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+    size = (model.cfg.num_layers, model.cfg.moe.num_experts)
+    balance: Any = _shape(size, wide, mesh, _NOWHERE)
+    z: Any = _shape((), wide, mesh, _NOWHERE)
+    router = RouterWeights(balance, z)
   totals = jax.eval_shape(
     make_zeros(mesh, options, shapes.shards), shapes.model
   )
@@ -361,6 +382,7 @@ def trace_over(
     shapes.counts,
     totals,
     None,
+    router,
     options=options,
     mesh=mesh,
     shards=shapes.shards,
@@ -452,6 +474,7 @@ def _program(
   counts: Array,
   totals: Any,
   rng: PRNGKeyArray | None,
+  router: RouterWeights | None,
   *,
   options: Options,
   mesh: Mesh,
@@ -461,12 +484,15 @@ def _program(
   stage = _local_stage(options, model.cfg, mesh, shards)
   leaves, treedef = jax.tree.flatten(model)
 
-  def local(leaves: Any, lane: Any, counts: Any, totals: Any, rng: Any) -> Any:
+  def local(
+    leaves: Any, lane: Any, counts: Any, totals: Any, rng: Any, router: Any
+  ) -> Any:
+    here = dataclasses.replace(stage, router=router)
     totals = jax.tree.map(lambda a: a[0], totals)
     # Parameters that vary keep the loops free of sums over the devices.
     model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
     sums = executor.lane_gradient(
-      stage, options, model, lane, counts[0], totals, rng
+      here, options, model, lane, counts[0], totals, rng
     )
     return jax.tree.map(lambda a: a[None], sums)
 
@@ -475,10 +501,10 @@ def _program(
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(specs, *lane_specs(), summed, _NOWHERE),
+    in_specs=(specs, *lane_specs(), summed, _NOWHERE, _NOWHERE),
     out_specs=summed,
     check_vma=True,
-  )(leaves, lane, counts, totals, rng)
+  )(leaves, lane, counts, totals, rng, router)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "mesh", "shards"))
@@ -508,6 +534,81 @@ def _loss_program(
     out_specs=_NOWHERE,
     check_vma=True,
   )(leaves, lane, counts)
+
+
+def _router_weights(
+  ready: _Ready,
+  placed: Sequence[tuple[Lane, Array]],
+  tokens: int,
+  weight: float,
+  static: Any,
+) -> RouterWeights:
+  """See `executor.accumulate`: what routers' sums count for."""
+  cfg = ready.model.cfg
+  moe = cfg.moe
+  assert moe is not None
+  counts: Any = None
+  if moe.balance_loss:
+    for lane, number in placed:
+      part = _counts_program(ready.model, lane, number, ready.rng, **static)
+      counts = part if counts is None else _sum(counts, part)
+  return _weights_over(
+    counts, cfg=cfg, tokens=tokens, weight=weight, mesh=static["mesh"]
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "tokens", "weight", "mesh"))
+def _weights_over(
+  counts: Array | None,
+  *,
+  cfg: ModelConfig,
+  tokens: int,
+  weight: float,
+  mesh: Mesh,
+) -> RouterWeights:
+  moe = cfg.moe
+  assert moe is not None
+  if counts is None:
+    counts = jnp.zeros((cfg.num_layers, moe.num_experts), jnp.int32)
+  wide = jnp.promote_types(cfg.dtype, jnp.float32)
+  found = RouterWeights.of(
+    moe, counts, jnp.asarray(tokens, wide), jnp.asarray(weight, wide)
+  )
+  return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, _NOWHERE))
+
+
+@functools.partial(jax.jit, static_argnames=("options", "mesh", "shards"))
+def _counts_program(
+  model: Transformer,
+  lane: Lane,
+  counts: Array,
+  rng: PRNGKeyArray | None,
+  *,
+  options: Options,
+  mesh: Mesh,
+  shards: Shards,
+) -> Array:
+  """Copies that each expert gets of a lane of each group, `[L,E]`."""
+  stage = _local_stage(options, model.cfg, mesh, shards)
+  leaves, treedef = jax.tree.flatten(model)
+  moe = model.cfg.moe
+  assert moe is not None
+  shape = (model.cfg.num_layers, moe.num_experts)
+
+  def local(leaves: Any, lane: Any, counts: Any, rng: Any) -> Any:
+    model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
+    zeros = jnp.zeros(shape, jnp.int32)
+    found = lane_counts(stage, model, lane, counts[0], zeros, rng)
+    return jax.lax.psum(found, SUMMED)
+
+  specs = [shards.spec(n) for n in range(len(leaves))]
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(specs, *lane_specs(), _NOWHERE),
+    out_specs=_NOWHERE,
+    check_vma=True,
+  )(leaves, lane, counts, rng)
 
 
 @jax.jit

@@ -10,6 +10,10 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxchunk.chunking.gradient import SequenceLoss
+from jaxchunk.chunking.routing import (
+  check_no_router_losses,
+  has_router_losses,
+)
 from jaxchunk.chunking.trainable import (
   Subset,
   Trainable,
@@ -17,6 +21,7 @@ from jaxchunk.chunking.trainable import (
   widened,
 )
 from jaxchunk.kernels.cross_entropy.api import linear_cross_entropy
+from jaxchunk.models.moe import router_loss
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.types import Batch, check_vocabulary
 
@@ -51,6 +56,8 @@ def full_value_and_grad(
     ValueError: The batch is malformed.
   """
   check_trainable(model, trainable)
+  if loss is not None:
+    check_no_router_losses(model.cfg, "loss=...")
   batch = Batch.of(batch)
   check_vocabulary(batch.examples(), model.cfg.vocab_size)
   selected = Trainable.of(model, trainable)
@@ -59,11 +66,11 @@ def full_value_and_grad(
   sequence, count = _sequence_numbers(batch)
 
   def mean_loss(chosen: list[Array]) -> Array:
-    nll = _token_nll(rebuild(chosen), batch, rng, implementation, remat)
+    nll, own = _token_nll(rebuild(chosen), batch, rng, implementation, remat)
     weights = jnp.asarray(batch.weights).astype(nll.dtype)
     weighted = jnp.where(weights == 0, 0, weights * nll)
     if loss is None:
-      return weighted.sum() / weights.sum()
+      return weighted.sum() / weights.sum() + own
     # One more sum collects the padding, and is dropped.
     sums = jnp.zeros((2, count + 1), nll.dtype)
     sums = sums.at[0, sequence].add(weighted).at[1, sequence].add(weights)
@@ -79,9 +86,10 @@ def _token_nll(
   rng: PRNGKeyArray | None,
   implementation: str,
   remat: bool,
-) -> Float[Array, "B T"]:
+) -> tuple[Float[Array, "B T"], Any]:
+  """Of every token, and the losses of routers."""
   tokens, targets = jnp.asarray(batch.tokens), jnp.asarray(batch.targets)
-  h = model.hidden(
+  h, said = model.hidden_and_routers(
     tokens,
     segment_ids=jnp.asarray(batch.segment_ids),
     positions=jnp.asarray(batch.positions),
@@ -90,11 +98,17 @@ def _token_nll(
     implementation=implementation,
     remat=remat,
   )
+  moe = model.cfg.moe
+  own: Any = 0.0
+  if moe is not None and said is not None and has_router_losses(model.cfg):
+    own = router_loss(moe, said)
   if implementation == "reference":
     log_p = jax.nn.log_softmax(model.logits(h))
-    return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    return nll, own
   softcap = model.cfg.logit_softcap
-  return linear_cross_entropy(h, model.unembed, targets, softcap=softcap)[0]
+  nll, _ = linear_cross_entropy(h, model.unembed, targets, softcap=softcap)
+  return nll, own
 
 
 def _sequence_numbers(batch: Batch) -> tuple[np.ndarray, int]:

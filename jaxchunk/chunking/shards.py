@@ -111,14 +111,19 @@ class Shards:
 
   @property
   def lockstep(self) -> frozenset[str]:
-    """The mesh axes along which devices must gather together."""
-    splits = [split for spec in self.specs for split in spec]
-    return frozenset(name for split in splits for name in _gathered(split))
+    """The mesh axes along which devices gather, or reach experts, together."""
+    names = {
+      name
+      for spec in self.specs
+      for split in spec
+      for name in axis_names(split)
+    }
+    return frozenset(names - {"tensor"})
 
   @property
   def gathers(self) -> bool:
     """Whether any parameter is gathered where it is used."""
-    return bool(self.lockstep)
+    return any(_gathered(split) for spec in self.specs for split in spec)
 
   def layer(self, model: Transformer, position: int, index: Any) -> Block:
     """A layer of the stack at one position of the window pattern, whole."""

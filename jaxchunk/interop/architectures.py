@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxchunk.interop.errors import InteropError
+from jaxchunk.interop.names import ExpertNames
 from jaxchunk.interop.ropes import KINDS
 from jaxchunk.interop.windows import WindowRule
 from jaxchunk.models import families
@@ -29,6 +30,7 @@ class Architecture:
     windows: Which layers have one.
     own_scores: Whether it has soft-caps and a scale of scores of its own.
     fused: Whether q, k, v are published as one matrix, and gate, up.
+    experts: How experts are named; `None` where there are none.
     ropes: The kinds of scaled rotary embedding that it takes.
     partial_rope: Whether a part of a head may stay unrotated.
   """
@@ -40,6 +42,7 @@ class Architecture:
   windows: WindowRule = "none"
   own_scores: bool = False
   fused: bool = False
+  experts: ExpertNames | None = None
   ropes: tuple[str, ...] = KINDS
   partial_rope: bool = False
 
@@ -105,6 +108,38 @@ ARCHITECTURES = (
     family=families.mistral,
     defaults=_LLAMA | {"sliding_window": 4096},
     windows="every",
+  ),
+  Architecture(
+    name="MixtralForCausalLM",
+    model_type="mixtral",
+    family=families.mixtral,
+    defaults=_LLAMA
+    | {
+      "rope_theta": 1_000_000.0,
+      "rms_norm_eps": 1e-5,
+      "num_key_value_heads": 8,
+      "num_local_experts": 8,
+      "num_experts_per_tok": 2,
+    },
+    windows="every",
+    experts="mixtral",
+  ),
+  Architecture(
+    name="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    family=families.qwen3_moe,
+    defaults=_LLAMA
+    | {
+      "sliding_window": 4096,
+      "num_key_value_heads": 4,
+      "num_experts": 128,
+      "num_experts_per_tok": 8,
+      "moe_intermediate_size": 768,
+      "norm_topk_prob": False,
+      "decoder_sparse_step": 1,
+    },
+    windows="switched",
+    experts="qwen3",
   ),
   Architecture(
     name="Phi3ForCausalLM",

@@ -31,6 +31,7 @@ from jaxchunk.interop.windows import (
   window_fields,
 )
 from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.moe import MoE
 from jaxchunk.models.rope import (
   DynamicNtkScaling,
   Llama3Scaling,
@@ -75,20 +76,25 @@ _REFUSED = {
   "no_rope_layers": "layers without rotary embedding",
   "num_local_experts": "a mixture of experts",
   "num_experts": "a mixture of experts",
+  "mlp_only_layers": "a model in which only some layers have experts",
 }
+_EXPERT_COUNTS = ("num_local_experts", "num_experts")
 # Of training, of generation, of files, or read elsewhere.
 _KNOWN = """
 _attn_implementation _name_or_path _sliding_window_pattern architectures
 attention_dropout attn_implementation auto_map bos_token_id
-cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id
+cache_implementation chunk_size_feed_forward decoder_sparse_step dtype
+embd_pdrop eos_token_id
 hidden_act hidden_activation id2label initializer_range is_encoder_decoder
-label2id layer_types max_window_layers model_type output_attentions
-original_max_position_embeddings output_hidden_states pad_token_id
+label2id layer_types max_window_layers model_type moe_intermediate_size
+norm_topk_prob num_experts_per_tok output_attentions
+original_max_position_embeddings output_hidden_states output_router_logits
+pad_token_id
 partial_rotary_factor pretraining_tp problem_type resid_pdrop return_dict
 rope_interleaved rope_local_base_freq rope_parameters rope_scaling rope_theta
-sliding_window sliding_window_pattern tokenizer_class torch_dtype
-transformers_version unk_token_id unsloth_fixed unsloth_version use_cache
-use_sliding_window
+router_aux_loss_coef sliding_window sliding_window_pattern tokenizer_class
+torch_dtype transformers_version unk_token_id unsloth_fixed unsloth_version
+use_cache use_sliding_window
 """
 
 
@@ -142,6 +148,8 @@ def _read(
     "rope": read_rope(fields, "full_attention", context_length),
   }
   _check_rope(architecture, features["rope"])
+  if architecture.experts is not None:
+    features["moe"] = _read_experts(architecture, fields)
   if architecture.own_scores:
     scalar = fields["query_pre_attn_scalar"]
     features |= {
@@ -211,8 +219,9 @@ def config_to_hf(
 
 
 def _refuse(architecture: Architecture, fields: Json) -> None:
+  own = _EXPERT_COUNTS if architecture.experts else ()
   for name, meaning in _REFUSED.items():
-    if fields.get(name):
+    if fields.get(name) and name not in own:
       raise InteropError(
         f"config.json has {name}={fields[name]!r}: {meaning} is not supported"
       )
@@ -220,6 +229,50 @@ def _refuse(architecture: Architecture, fields: Json) -> None:
   known |= set(architecture.defaults)
   if unknown := sorted(name for name in set(fields) - known if fields[name]):
     logging.warning("config.json has fields that jaxchunk ignores: %s", unknown)
+
+
+def _read_experts(architecture: Architecture, fields: Json) -> MoE:
+  if architecture.experts == "mixtral":
+    return MoE(
+      num_experts=fields["num_local_experts"],
+      experts_per_token=fields["num_experts_per_tok"],
+      d_ff=fields["intermediate_size"],
+    )
+  if fields["decoder_sparse_step"] != 1:
+    raise InteropError(
+      f"config.json has decoder_sparse_step={fields['decoder_sparse_step']}: a "
+      "model in which only some layers have experts is not supported"
+    )
+  return MoE(
+    # transformers 5 writes the first, and reads both.
+    num_experts=fields.get("num_local_experts") or fields["num_experts"],
+    experts_per_token=fields["num_experts_per_tok"],
+    d_ff=fields["moe_intermediate_size"],
+    normalize_top_k=bool(fields["norm_topk_prob"]),
+  )
+
+
+def _expert_fields(
+  cfg: ModelConfig, architecture: Architecture
+) -> dict[str, Any]:
+  moe = cfg.moe
+  if moe is None or architecture.experts is None:
+    return {}
+  values: dict[str, Any] = {
+    "num_experts_per_tok": moe.experts_per_token,
+  }
+  if architecture.experts == "mixtral":
+    return values | {
+      "num_local_experts": moe.num_experts,
+      "intermediate_size": moe.d_ff,
+    }
+  return values | {
+    "num_experts": moe.num_experts,
+    "moe_intermediate_size": moe.d_ff,
+    "norm_topk_prob": moe.normalize_top_k,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+  }
 
 
 def _check_rope(architecture: Architecture, rope: Rope) -> None:
@@ -273,6 +326,7 @@ def _write(cfg: ModelConfig, architecture: Architecture) -> dict[str, Any]:
   }
   values["max_position_embeddings"] = _positions(cfg)
   values["rope_theta"] = cfg.rope.theta
+  values |= _expert_fields(cfg, architecture)
   values |= window_fields(architecture.windows, _windows(cfg))
   if architecture.own_scores:
     values |= {
@@ -299,6 +353,15 @@ def _published(rope: Rope) -> Rope:
     scaling = dataclasses.replace(rope.scaling, length=1)
     return dataclasses.replace(rope, scaling=scaling)
   return rope
+
+
+def _computed(moe: MoE | None) -> MoE | None:
+  """Without what is only of training."""
+  if moe is None:
+    return None
+  return dataclasses.replace(
+    moe, capacity_factor=None, balance_loss=0.0, z_loss=0.0
+  )
 
 
 def _positions(cfg: ModelConfig) -> int:
@@ -347,6 +410,10 @@ def differing_fields(read: ModelConfig, cfg: ModelConfig) -> list[str]:
       )
     if name == "window_pattern":
       return shortest_pattern(_windows(cfg)) == shortest_pattern(_windows(read))
+    if name == "moe":
+      return _computed(ours) == _computed(theirs)
+    if name == "d_ff" and cfg.moe is not None:
+      return True
     if name == "qk_norm_over" and not cfg.qk_norm:
       return True
     return bool(ours == theirs)

@@ -97,10 +97,15 @@ def load_hf(
     context_length=context_length,
     quantization=quantization,
   )
-  fused = architecture_of(text_part(read_config(path))).fused
+  architecture = architecture_of(text_part(read_config(path)))
   reader = files.Reader(path)
   return filled_model(
-    reader, cfg.frozen(), fused=fused, shardings=shardings, name=str(path)
+    reader,
+    cfg.frozen(),
+    fused=architecture.fused,
+    experts=architecture.experts,
+    shardings=shardings,
+    name=str(path),
   )
 
 
@@ -188,8 +193,10 @@ def save_hf(
       for kind in ("bos", "eos", "pad")
     }
   values |= kept | {"torch_dtype": dtype or model.cfg.param_dtype}
-  fused = architecture_named(values["architectures"][0]).fused
-  tensors = list(writable(model, fused=fused, dtype=dtype))
+  written = architecture_named(values["architectures"][0])
+  tensors = list(
+    writable(model, fused=written.fused, experts=written.experts, dtype=dtype)
+  )
   old = [*path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")]
   if old and not overwrite:
     raise InteropError(

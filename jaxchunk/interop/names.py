@@ -7,7 +7,7 @@ one tensor, under each other.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from jaxchunk.models.config import ModelConfig
 
@@ -40,6 +40,16 @@ _BOTH_NORMS = _POST_NORMS | {
 }
 _QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 
+# In front of the router and the experts, and the names of the latter.
+_EXPERTS = {
+  "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
+  "qwen3": (
+    "mlp",
+    {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+  ),
+}
+ExpertNames = Literal["mixtral", "qwen3"]
+
 EMBED = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -54,10 +64,17 @@ class Part:
   Attributes:
     path: Of the parameter, as in `nnx.State`.
     layer: Of a stack; `None` where it is not one.
+    expert: Of those of the layer; `None` where there are none.
   """
 
   path: Path
   layer: int | None = None
+  expert: int | None = None
+
+  @property
+  def index(self) -> tuple[int, ...]:
+    """Where it lies in the parameter, along the first axes."""
+    return tuple(n for n in (self.layer, self.expert) if n is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +92,19 @@ class Tensor:
   transposed: bool = False
 
 
-def tensors(cfg: ModelConfig, *, fused: bool = False) -> Iterator[Tensor]:
+def tensors(
+  cfg: ModelConfig,
+  *,
+  fused: bool = False,
+  experts: ExpertNames | None = None,
+) -> Iterator[Tensor]:
   """Every tensor of a model, layer by layer.
 
   Args:
     cfg: The frozen configuration.
     fused: Whether q, k, v are published as one matrix, and gate, up.
+    experts: How experts are named, "qwen3" by default; where there are some,
+      nothing is fused.
   """
   yield Tensor(f"model.{EMBED}", (Part(("embed",)),))
   norms = {
@@ -90,6 +114,9 @@ def tensors(cfg: ModelConfig, *, fused: bool = False) -> Iterator[Tensor]:
   }[cfg.pre_norms, cfg.post_norms]
   norms = norms | (_QK_NORMS if cfg.qk_norm else {})
   linears = _FUSED_LINEARS if fused else LINEARS
+  if cfg.moe is not None:
+    own = {("gate",), ("up",), ("down",)}
+    linears = {group: n for group, n in LINEARS.items() if group not in own}
   for number in range(cfg.num_layers):
     layer, position = divmod(number, len(cfg.window_pattern))
     stack: Path = ("blocks", position)
@@ -106,6 +133,26 @@ def tensors(cfg: ModelConfig, *, fused: bool = False) -> Iterator[Tensor]:
       if cfg.qkv_bias and group[0] in ("q", "k", "v"):
         biases = tuple(part(ours, "bias") for ours in group)
         yield Tensor(f"{prefix}.{theirs}.bias", biases)
+    if cfg.moe is not None:
+      yield from _experts(
+        f"{prefix}.", stack, layer, cfg.moe.num_experts, experts or "qwen3"
+      )
   yield Tensor("model.norm.weight", (Part(("final_norm", "scale")),))
   if not cfg.tie_embeddings:
     yield Tensor(HEAD, (Part(("head",)),))
+
+
+def _experts(
+  prefix: str, stack: Path, layer: int, count: int, names: ExpertNames
+) -> Iterator[Tensor]:
+  """The router and every matrix of every expert of a layer."""
+  folder, matrices = _EXPERTS[names]
+  prefix += folder
+  path: Path = (*stack, "experts")
+  router = Part((*path, "router"), layer)
+  yield Tensor(f"{prefix}.gate.weight", (router,), transposed=True)
+  for expert in range(count):
+    for ours, theirs in matrices.items():
+      part = Part((*path, ours), layer, expert)
+      name = f"{prefix}.experts.{expert}.{theirs}.weight"
+      yield Tensor(name, (part,), transposed=True)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from jaxchunk.interop import safetensors_files as files
 from jaxchunk.interop.errors import InteropError
-from jaxchunk.interop.names import EMBED, HEAD, Part, Tensor
+from jaxchunk.interop.names import EMBED, HEAD, ExpertNames, Part, Tensor
 from jaxchunk.interop.names import Path as ParamPath
 from jaxchunk.interop.names import tensors as tensors_of
 from jaxchunk.models.adapters import (
@@ -66,6 +66,7 @@ def filled_model(
   cfg: ModelConfig,
   *,
   fused: bool,
+  experts: ExpertNames | None = None,
   shardings: Sharding | Shardings | None = None,
   name: str,
 ) -> Transformer:
@@ -75,6 +76,7 @@ def filled_model(
     source: The tensors.
     cfg: The frozen configuration.
     fused: As in `names.tensors`.
+    experts: Likewise.
     shardings: As in `load_hf`.
     name: What to call the source in a message.
 
@@ -88,7 +90,7 @@ def filled_model(
   params = {
     path: variable.get_value() for path, variable in nnx.to_flat_state(state)
   }
-  wanted = list(tensors_of(cfg, fused=fused))
+  wanted = list(tensors_of(cfg, fused=fused, experts=experts))
   found = _match(source, wanted, cfg, name)
   _check_shapes(source, wanted, found, params)
   filled: dict[ParamPath, Matrix] = {}
@@ -112,11 +114,11 @@ def filled_model(
         cfg.quantization if part.path[-1] == "kernel" else None,
       )
       old = filled.get(part.path)
-      if part.layer is not None and old is None:
-        old = _zeros(shape, stored, sharding)()
+      if part.index and old is None:
+        old = _zeros(shape, len(part.index), stored, sharding)()
       put = _putter(sharding, stored, old is not None)
       # Dispatch must not run ahead: what waits is held by the host.
-      filled[part.path] = jax.block_until_ready(put(old, array, part.layer))
+      filled[part.path] = jax.block_until_ready(put(old, array, part.index))
   arrays: dict[ParamPath, Array] = {}
   for path, matrix in filled.items():
     if isinstance(matrix, Quantized):
@@ -194,8 +196,8 @@ def _check_shapes(
 def _stored_shape(
   part: Part, tensor: Tensor, shape: tuple[int, ...]
 ) -> tuple[int, ...]:
-  layer = shape if part.layer is None else shape[1:]
-  return layer[::-1] if tensor.transposed else layer
+  own = shape[len(part.index) :]
+  return own[::-1] if tensor.transposed else own
 
 
 def _rows_reader(
@@ -229,8 +231,7 @@ def _stored_sharding(
   if not isinstance(sharding, NamedSharding):
     return sharding
   spec = [*sharding.spec, *[None] * (rank - len(sharding.spec))]
-  if part.layer is not None:
-    spec = spec[1:]
+  spec = spec[len(part.index) :]
   if tensor.transposed:
     spec = spec[::-1]
   return NamedSharding(sharding.mesh, PartitionSpec(*spec))
@@ -258,13 +259,16 @@ class _Stored(NamedTuple):
 
 @functools.cache
 def _zeros(
-  shape: tuple[int, ...], stored: _Stored, sharding: Sharding
+  shape: tuple[int, ...], stacked: int, stored: _Stored, sharding: Sharding
 ) -> Callable[[], Matrix]:
-  layer = jax.ShapeDtypeStruct(shape[1:], stored.dtype)
-  one = jax.eval_shape(stored.held, layer)
+  """Room for what is stacked along the first axes."""
+  own = jax.ShapeDtypeStruct(shape[stacked:], stored.dtype)
+  one = jax.eval_shape(stored.held, own)
 
   def zeros() -> Matrix:
-    return jax.tree.map(lambda a: jnp.zeros((shape[0], *a.shape), a.dtype), one)
+    return jax.tree.map(
+      lambda a: jnp.zeros((*shape[:stacked], *a.shape), a.dtype), one
+    )
 
   return jax.jit(zeros, out_shardings=sharding)
 
@@ -273,15 +277,17 @@ def _zeros(
 def _putter(
   sharding: Sharding, stored: _Stored, stacked: bool
 ) -> Callable[[Matrix | None, Array, Any], Matrix]:
-  """`put(stack, tensor, layer)`, in place; without a stack the tensor alone."""
+  """`put(stack, tensor, index)`, in place; without a stack the tensor alone."""
   if not stacked:
     convert = jax.jit(stored.parameter, out_shardings=sharding)
-    return lambda stack, x, layer: convert(x)
+    return lambda stack, x, index: convert(x)
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
-  def put(stack: Matrix, x: Array, layer: Any) -> Matrix:
+  def put(stack: Matrix, x: Array, index: tuple[Any, ...]) -> Matrix:
     def write(old: Array, new: Array) -> Array:
-      return lax.dynamic_update_index_in_dim(old, new, layer, 0)
+      at = [jnp.asarray(n, jnp.int32) for n in (*index, *[0] * new.ndim)]
+      new = new.reshape(*[1] * len(index), *new.shape)
+      return lax.dynamic_update_slice(old, new, at)
 
     return jax.tree.map(write, stack, stored.parameter(x))
 
@@ -289,13 +295,18 @@ def _putter(
 
 
 def writable(
-  model: Transformer, *, fused: bool, dtype: str | None = None
+  model: Transformer,
+  *,
+  fused: bool,
+  experts: ExpertNames | None = None,
+  dtype: str | None = None,
 ) -> Iterator[files.Writable]:
   """The tensors of a model, fetched one by one; adapters are merged in.
 
   Args:
     model: The model.
     fused: As in `names.tensors`.
+    experts: Likewise.
     dtype: Of the tensors; by default that of each parameter.
   """
   params: dict[ParamPath, Matrix] = {
@@ -303,7 +314,7 @@ def writable(
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
   } | matrices_of(model)
   adapters = adapters_of(model)
-  for tensor in tensors_of(model.cfg, fused=fused):
+  for tensor in tensors_of(model.cfg, fused=fused, experts=experts):
     shapes = [
       _stored_shape(part, tensor, params[part.path].shape)
       for part in tensor.parts
@@ -315,7 +326,7 @@ def writable(
       parts = [
         _fetched(
           params[part.path],
-          part.layer,
+          part.index,
           tensor.transposed,
           kind,
           adapters.get(part.path),
@@ -330,7 +341,7 @@ def writable(
 
 def _fetched(
   param: Matrix,
-  layer: int | None,
+  index: tuple[int, ...],
   transposed: bool,
   dtype: str,
   adapter: Adapter | None,
@@ -339,18 +350,20 @@ def _fetched(
   sharding = getattr(jax.tree.leaves(param)[0], "sharding", None)
   if isinstance(sharding, NamedSharding):
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-  take = _taker(layer is not None, transposed, dtype, everywhere)
-  return np.asarray(take(param, layer or 0, adapter))
+  take = _taker(transposed, dtype, everywhere)
+  return np.asarray(take(param, index, adapter))
 
 
 @functools.cache
 def _taker(
-  stacked: bool, transposed: bool, dtype: str, sharding: Sharding | None
-) -> Callable[[Matrix, Any, Adapter | None], Array]:
+  transposed: bool, dtype: str, sharding: Sharding | None
+) -> Callable[[Matrix, tuple[int, ...], Adapter | None], Array]:
   @functools.partial(jax.jit, out_shardings=sharding)
-  def take(param: Matrix, layer: Any, adapter: Adapter | None) -> Array:
-    if stacked:
-      param, adapter = layer_of((param, adapter), layer)
+  def take(
+    param: Matrix, index: tuple[Any, ...], adapter: Adapter | None
+  ) -> Array:
+    for n in index:
+      param, adapter = layer_of((param, adapter), n)
     array = merged(adapter, param, dtype)
     return array.T if transposed else array
 

@@ -8,10 +8,11 @@ from jaxchunk.interop.errors import InteropError
 Json = Mapping[str, Any]
 Windows = Sequence[int | None]
 
-# "none": there are none. "every": `sliding_window` in every layer. "upper":
+# "none": there are none. "every": `sliding_window` in every layer.
+# "switched": the same, if `use_sliding_window`. "upper":
 # from `max_window_layers` on, if `use_sliding_window`. "periodic": every
 # `sliding_window_pattern`-th layer is a full one.
-WindowRule = Literal["none", "every", "upper", "periodic"]
+WindowRule = Literal["none", "every", "switched", "upper", "periodic"]
 
 _TYPES = ("full_attention", "sliding_attention")
 
@@ -29,10 +30,10 @@ def read_windows(rule: WindowRule, fields: Json, num_layers: int) -> Windows:
   """
   window = fields.get("sliding_window")
   if rule == "none" or (
-    rule == "upper" and not fields.get("use_sliding_window")
+    rule in ("switched", "upper") and not fields.get("use_sliding_window")
   ):
     return [None] * num_layers
-  if rule == "every":
+  if rule in ("every", "switched"):
     return [window] * num_layers
   types = fields.get("layer_types")
   if types is None and rule == "upper":
@@ -67,6 +68,9 @@ def window_fields(rule: WindowRule, windows: Windows) -> dict[str, Any]:
     return {}
   if rule == "every":
     return {"sliding_window": windows[0]}
+  if rule == "switched":
+    window = windows[0]
+    return {"sliding_window": window, "use_sliding_window": window is not None}
   fields = {
     "sliding_window": sizes[0] if sizes else None,
     "layer_types": [_TYPES[w is not None] for w in windows],

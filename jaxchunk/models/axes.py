@@ -17,10 +17,25 @@ _MATRICES = {
   "down": ("mlp", "embed"),
 }
 
+_EXPERTS = {
+  "router": ("embed", None),
+  "gate": ("experts", "embed", "mlp"),
+  "up": ("experts", "embed", "mlp"),
+  "down": ("experts", "mlp", "embed"),
+}
+
 Axes = tuple[str | None, ...]
 
-PARAMETER_AXES = ("embed", "heads", "kv_heads", "mlp", "vocab", "rank")
-"""Those of parameters, beside layers and experts."""
+PARAMETER_AXES = (
+  "embed",
+  "heads",
+  "kv_heads",
+  "mlp",
+  "vocab",
+  "rank",
+  "experts",
+)
+"""Those of parameters, beside layers."""
 
 
 def parameter_axes(model: Transformer) -> list[Axes]:
@@ -51,6 +66,8 @@ def parameter_axes(model: Transformer) -> list[Axes]:
 def _axes(path: tuple[Any, ...], ndim: int) -> Axes:
   if path[0] in ("embed", "head"):
     return ("vocab", "embed")
+  if "experts" in path:
+    return ("layers", *_EXPERTS[path[-1]])
   names = [name for name in path if name in _MATRICES]
   if not names:
     stacked = ("layers",) if path[0] == "blocks" else ()

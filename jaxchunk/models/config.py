@@ -5,6 +5,7 @@ import typing
 from typing import Any, Literal
 
 from jaxchunk.models.lora import LoRA
+from jaxchunk.models.moe import MoE
 from jaxchunk.models.quantized import Quantization
 from jaxchunk.models.rope import Rope
 
@@ -28,7 +29,8 @@ class ModelConfig:
     num_heads: N, query heads.
     num_kv_heads: K, key/value heads; divides N. `None` means N.
     head_dim: H, even. `None` means D / N.
-    d_ff: F, the width inside the gated MLP.
+    d_ff: F, the width inside the gated MLP; with `moe` of nothing.
+    moe: Experts in place of the MLP; see `jaxchunk.models.moe.MoE`.
     window_pattern: Attention window of each layer, repeated over the layers;
       `None` in it is full attention. `(4096, None)` alternates.
     rope: Rotary embedding of full-attention layers.
@@ -66,6 +68,7 @@ class ModelConfig:
   num_kv_heads: int | None = None
   head_dim: int | None = None
   d_ff: int
+  moe: MoE | None = None
   window_pattern: tuple[int | None, ...] = (None,)
   rope: Rope = dataclasses.field(default_factory=Rope)
   local_rope: Rope | None = None
@@ -139,6 +142,18 @@ class ModelConfig:
       return self.head_width**-0.5
     return self.attention_scale
 
+  @property
+  def mlp_width(self) -> int:
+    """F of the MLP that all tokens go through; 0 if there is none."""
+    return self.d_ff if self.moe is None else self.moe.shared_d_ff
+
+  @property
+  def active_width(self) -> int:
+    """F of all that a token goes through: the MLP and its experts."""
+    if self.moe is None:
+      return self.d_ff
+    return self.mlp_width + self.moe.experts_per_token * self.moe.d_ff
+
   def rope_of(self, window: int | None) -> Rope:
     """The rotary embedding of a layer with this window."""
     if window is None or self.local_rope is None:
@@ -191,6 +206,7 @@ class ModelConfig:
     if not isinstance(self.lora, LoRA | None):
       raise ValueError(f"lora={self.lora!r} must be a LoRA, or None")
     self._check_quantization()
+    self._check_moe()
     if not self.norm_eps > 0:
       raise ValueError(f"norm_eps={self.norm_eps} must be positive")
     if not 0 <= self.dropout < 1:
@@ -235,6 +251,25 @@ class ModelConfig:
           f"{name}={inputs} is not a multiple of "
           f"quantization.block={quantization.block}; choose a divisor"
         )
+
+  def _check_moe(self) -> None:
+    if not isinstance(self.moe, MoE | None):
+      raise ValueError(f"moe={self.moe!r} must be a MoE, or None")
+    if self.moe is None:
+      return
+    if self.quantization is not None:
+      raise ValueError(
+        f"quantization={self.quantization} with moe={self.moe}: experts "
+        "cannot be held quantized; set quantization=None"
+      )
+    beside = {"gate", "up", "down"} & set(
+      self.lora.targets if self.lora else ()
+    )
+    if beside:
+      raise ValueError(
+        f"lora.targets has {sorted(beside)} with moe={self.moe}: experts "
+        "cannot have adapters; set lora.targets=('q', 'k', 'v', 'o')"
+      )
 
   def _check_window_pattern(self) -> None:
     if not self.window_pattern:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxchunk.models.config import ModelConfig
+from jaxchunk.models.moe import MoE
 from jaxchunk.models.rope import LinearScaling, Llama3Scaling, Rope
 
 
@@ -102,6 +103,42 @@ def mistral(*, window: int | None = None, **fields: Any) -> ModelConfig:
     "rope": Rope(theta=1_000_000.0),
   }
   return ModelConfig(**(family | fields))
+
+
+def mixtral(*, window: int | None = None, **fields: Any) -> ModelConfig:
+  """Mixtral: Mistral's block with experts, two for each token.
+
+  Args:
+    window: Attention window; `None` is full attention.
+    **fields: Of `ModelConfig`; replace what the family sets. By default eight
+      experts as wide as `d_ff`.
+
+  Returns:
+    The configuration.
+  """
+  experts = MoE(num_experts=8, experts_per_token=2, d_ff=fields["d_ff"])
+  family: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "norm_eps": 1e-5,
+    "window_pattern": (window,),
+    "rope": Rope(theta=1_000_000.0),
+    "moe": experts,
+  }
+  return ModelConfig(**(family | fields))
+
+
+def qwen3_moe(*, expert_d_ff: int = 768, **fields: Any) -> ModelConfig:
+  """Qwen 3 with experts, eight of 128 for each token.
+
+  Args:
+    expert_d_ff: The width inside an expert.
+    **fields: Of `ModelConfig`; replace what the family sets.
+
+  Returns:
+    The configuration.
+  """
+  experts = MoE(num_experts=128, experts_per_token=8, d_ff=expert_d_ff)
+  return qwen3(**({"moe": experts} | fields))
 
 
 def phi3(*, window: int | None = None, **fields: Any) -> ModelConfig:
@@ -320,6 +357,10 @@ PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType(
     "qwen3-8b": _size(qwen3, 4096, 36, 32, 8, 12288),
     "qwen3-14b": _size(qwen3, 5120, 40, 40, 8, 17408),
     "qwen3-32b": _size(qwen3, 5120, 64, 64, 8, 25600),
+    "qwen3-30b-a3b": _size(qwen3_moe, 2048, 48, 32, 4, 6144),
+    "qwen3-235b-a22b": _size(
+      qwen3_moe, 4096, 94, 64, 4, 12288, expert_d_ff=1536
+    ),
     "mistral-7b-v0.1": _size(
       mistral, 4096, 32, 32, 8, 14336, window=4096, rope=_MISTRAL1
     ),
@@ -330,6 +371,8 @@ PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType(
     "mistral-nemo-12b": _size(
       mistral, 5120, 40, 32, 8, 14336, vocab_size=131_072, head_dim=128
     ),
+    "mixtral-8x7b": _size(mixtral, 4096, 32, 32, 8, 14336),
+    "mixtral-8x22b": _size(mixtral, 6144, 56, 48, 8, 16384),
     "phi3-mini-4k": _size(phi3, 3072, 32, 32, 32, 8192, window=2047),
     "phi4-14b": _size(
       phi3,

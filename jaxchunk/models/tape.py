@@ -22,6 +22,7 @@ from jaxtyping import Array
 
 from jaxchunk.kernels.vma import match_primal
 from jaxchunk.models.quantized import Matrix, Quantized, widened
+from jaxchunk.models.ragged import ragged_product, replayed_ragged_product
 
 
 class Tape:
@@ -29,11 +30,14 @@ class Tape:
 
   Attributes:
     saved: Output of each product that was kept.
+    router: What the layer's router said of its tokens, a
+      `jaxchunk.models.moe.RouterSums`; `None` where there is none.
   """
 
   def __init__(self, saved: Mapping[str, Array] | None = None):
     self._replay = saved is not None
     self.saved: dict[str, Array] = dict(saved or {})
+    self.router: Any = None
 
   def product(
     self,
@@ -65,6 +69,28 @@ class Tape:
     y = _product(spec, x, w)
     if like is not None:
       y = match_primal(y, like)
+    if keep and not self._replay:
+      self.saved[name] = y
+    return y
+
+  def ragged_product(
+    self, name: str, x: Array, w: Array, *, sizes: Array, keep: bool = True
+  ) -> Array:
+    """Rows times the matrix of their group; see `ragged.ragged_product`.
+
+    Args:
+      name: As in `product`.
+      x: Rows `[M,D]`, sorted by group.
+      w: `[E,D,F]`.
+      sizes: Rows of each group, `[E]`.
+      keep: As in `product`.
+
+    Returns:
+      The products `[M,F]`, computed or given back.
+    """
+    if self._replay and name in self.saved:
+      return replayed_ragged_product(self.saved[name], x, w, sizes)
+    y = ragged_product(x, w, sizes)
     if keep and not self._replay:
       self.saved[name] = y
     return y

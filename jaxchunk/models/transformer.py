@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxchunk.kernels.attention.api import grouped_attention
 from jaxchunk.kernels.attention.mask import AttentionMask
@@ -23,6 +23,7 @@ from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.dropout import DropoutKeys, dropout
 from jaxchunk.models.lora import Adapter
+from jaxchunk.models.moe import Experts, RouterSums
 from jaxchunk.models.quantized import Matrix, QuantizedKernel
 from jaxchunk.models.rope import Rope, rope_tables, rotate
 from jaxchunk.models.tape import Tape
@@ -166,12 +167,14 @@ class Block(nnx.Module):
   Inside a `jax.shard_map` its matrices may be parts, split by heads and by the
   MLP's width: then q, k, v are those of the device's heads, and what goes
   from layer to layer is the same on every device.
+  With `cfg.moe` the MLP is that of the shared experts, if there are any, and
+  `experts` are beside it.
   """
 
   def __init__(self, cfg: ModelConfig, window: int | None, rngs: nnx.Rngs):
     self.cfg = cfg
     self.window = window
-    D, F, H = cfg.d_model, cfg.d_ff, cfg.head_width
+    D, F, H = cfg.d_model, cfg.mlp_width, cfg.head_width
     N, K = cfg.num_heads, cfg.kv_heads
     linear = functools.partial(Linear, cfg, rngs=rngs)
     norm = functools.partial(Norm, cfg)
@@ -190,9 +193,15 @@ class Block(nnx.Module):
     self.attention_post_norm: Norm | None = nnx.data(post_norm)
     pre_norm = norm(D) if cfg.pre_norms else None
     self.mlp_norm: Norm | None = nnx.data(pre_norm)
-    self.gate = linear("gate", D, F)
-    self.up = linear("up", D, F)
-    self.down = linear("down", F, D, gain=out_gain)
+    if F:
+      self.gate = linear("gate", D, F)
+      self.up = linear("up", D, F)
+      self.down = linear("down", F, D, gain=out_gain)
+    experts = None
+    if cfg.moe is not None:
+      dtype = jnp.dtype(cfg.param_dtype)
+      experts = Experts(cfg.moe, D, dtype, gain=out_gain, rngs=rngs)
+    self.experts: Experts | None = nnx.data(experts)
     post_norm = norm(D) if cfg.post_norms else None
     self.mlp_post_norm: Norm | None = nnx.data(post_norm)
 
@@ -234,25 +243,42 @@ class Block(nnx.Module):
     o: Float[Array, "B K G T H"],
     tape: Tape,
     keys: DropoutKeys | None = None,
+    valid: Bool[Array, "B T"] | None = None,
   ) -> Float[Array, "B T D"]:
-    """The layer's output from its input and the output of attention."""
+    """The layer's output from its input and the output of attention.
+
+    Experts have nothing to do with tokens that are not `valid`: padding.
+    """
     cfg = self.cfg
     K, G, H = o.shape[1], o.shape[2], o.shape[4]
-    D, F = cfg.d_model, self.gate.matrix.shape[-1]
+    D = cfg.d_model
     y = self.o(tape, "BKGTH,KGHD->BTD", o, (K, G, H, D), like=x)
     if self.attention_post_norm is not None:
       y = self.attention_post_norm(y)
     x = x + dropout(y, cfg.dropout, keys, site=0)
     h = x if self.mlp_norm is None else self.mlp_norm(x)
+    if self.experts is None:
+      y = self._mlp(tape, h, like=x)
+    else:
+      act = _ACTIVATIONS[cfg.activation]
+      y = self.experts(tape, h, act, valid=valid, keep=cfg.post_norms)
+      if cfg.mlp_width:
+        y = y + self._mlp(tape, h, like=x)
+    if self.mlp_post_norm is not None:
+      y = self.mlp_post_norm(y)
+    return x + dropout(y, cfg.dropout, keys, site=1)
+
+  def _mlp(
+    self, tape: Tape, h: Float[Array, "B T D"], *, like: Array
+  ) -> Float[Array, "B T D"]:
+    cfg = self.cfg
+    D, F = cfg.d_model, self.gate.matrix.shape[-1]
     h = vary_like(h, self.gate.matrix)
     gate = self.gate(tape, "BTD,DF->BTF", h, (D, F))
     up = self.up(tape, "BTD,DF->BTF", h, (D, F))
     h = _ACTIVATIONS[cfg.activation](gate) * up
     keep = cfg.post_norms
-    y = self.down(tape, "BTF,FD->BTD", h, (F, D), keep=keep, like=x)
-    if self.mlp_post_norm is not None:
-      y = self.mlp_post_norm(y)
-    return x + dropout(y, cfg.dropout, keys, site=1)
+    return self.down(tape, "BTF,FD->BTD", h, (F, D), keep=keep, like=like)
 
   @property
   def attention_options(self) -> dict[str, Any]:
@@ -342,6 +368,28 @@ class Transformer(nnx.Module):
     remat: bool = False,
   ) -> Float[Array, "B T D"]:
     """The normed output of the last layer; arguments as `__call__`."""
+    return self.hidden_and_routers(
+      tokens,
+      segment_ids=segment_ids,
+      positions=positions,
+      document_ids=document_ids,
+      rng=rng,
+      implementation=implementation,
+      remat=remat,
+    )[0]
+
+  def hidden_and_routers(
+    self,
+    tokens: Int[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    document_ids: Int[Array, "B T"] | None = None,
+    rng: PRNGKeyArray | None = None,
+    implementation: str | None = None,
+    remat: bool = False,
+  ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+    """`hidden`, and what the routers of all layers said, `[L, ...]`."""
     if tokens.ndim != 2:
       raise ValueError(f"tokens must be [B,T], got shape {tokens.shape}")
     if positions is None:
@@ -358,7 +406,9 @@ class Transformer(nnx.Module):
         document_ids = jnp.broadcast_to(row, tokens.shape)
       keys = DropoutKeys.of(rng, document_ids, positions)
 
-    def layer(x: Array, block: Block, index: Any) -> Array:
+    valid = None if segment_ids is None else segment_ids > 0
+
+    def layer(x: Array, block: Block, index: Any) -> tuple[Array, Any]:
       tape = Tape()
       q, k, v = block.pre(x, ropes, tape)
       seen = mask
@@ -372,7 +422,8 @@ class Transformer(nnx.Module):
         implementation=implementation,
         **block.attention_options,
       )
-      return block.post(x, o, tape, keys and keys.layer(index))
+      y = block.post(x, o, tape, keys and keys.layer(index), valid)
+      return y, tape.router
 
     if remat:
       layer = jax.checkpoint(layer)
@@ -380,18 +431,24 @@ class Transformer(nnx.Module):
     period = len(self.cfg.window_pattern)
     whole, rest = divmod(self.cfg.num_layers, period)
 
-    def body(x: Array, step: Any) -> tuple[Array, None]:
+    def body(x: Array, step: Any) -> tuple[Array, list[Any]]:
       number, stacks = step
+      said = []
       for position, block in enumerate(stacks):
-        x = layer(x, block, number * period + position)
-      return x, None
+        x, router = layer(x, block, number * period + position)
+        said.append(router)
+      return x, said
 
     stacks = [jax.tree.map(lambda a: a[:whole], b) for b in self.blocks]
-    x, _ = lax.scan(body, x, (jnp.arange(whole), stacks))
+    x, said = lax.scan(body, x, (jnp.arange(whole), stacks))
+    routers = _in_order(said)
     for position in range(rest):
       block = layer_of(self.blocks[position], whole)
-      x = layer(x, block, whole * period + position)
-    return self.final_norm(x)
+      x, router = layer(x, block, whole * period + position)
+      routers = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b[None]]), routers, router
+      )
+    return self.final_norm(x), routers
 
   def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Token embeddings in the compute dtype."""
@@ -433,6 +490,13 @@ class Transformer(nnx.Module):
 
 def _make_block(cfg: ModelConfig, window: int | None, key: Array) -> Block:
   return Block(cfg, window, nnx.Rngs(key))
+
+
+def _in_order(stacks: list[Any]) -> Any:
+  """One stack of all layers from one per position of the window pattern."""
+  return jax.tree.map(
+    lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *stacks
+  )
 
 
 def layer_of(stack: Any, index: Any) -> Any:

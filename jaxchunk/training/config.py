@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from jaxchunk.chunking.memory import MemorySpace, Strategy
-from jaxchunk.chunking.parallel import check_heads
+from jaxchunk.chunking.parallel import check_experts, check_heads
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data import config as data_config
 from jaxchunk.data.config import DataConfig
@@ -137,6 +137,7 @@ class LayoutConfig:
   Attributes:
     data: Groups of devices with lanes of their own and all parameters.
     fsdp: Groups with lanes of their own that share the parameters.
+    expert: Groups with lanes of their own that share the experts.
     context: Devices of a group, which share each sequence; divides
       `train.chunk_size`.
     tensor: Devices that share heads, the MLP and the vocabulary.
@@ -150,6 +151,7 @@ class LayoutConfig:
 
   data: int = 1
   fsdp: int = 1
+  expert: int = 1
   context: int = 1
   tensor: int = 1
   fsdp_over_context: bool = False
@@ -241,7 +243,7 @@ def validate(config: Config) -> None:
 
 
 def _validate_layout(config: Config) -> None:
-  for name in ("data", "fsdp", "context", "tensor", "slices"):
+  for name in ("data", "fsdp", "expert", "context", "tensor", "slices"):
     value = getattr(config.layout, name)
     _check(f"layout.{name}", value, value >= 1, "at least 1")
   try:
@@ -252,6 +254,7 @@ def _validate_layout(config: Config) -> None:
     return
   try:
     check_heads(layout, config.model)
+    check_experts(layout, config.model)
   except (ValueError, NotImplementedError) as error:
     raise ConfigError(str(error)) from error
   size, devices = config.train.chunk_size, config.layout.context

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
+from jaxchunk.chunking.cost import active_parameters
 from jaxchunk.chunking.executor import Options, choose_strategy, make_options
 from jaxchunk.chunking.memory import memory_by_length
 from jaxchunk.chunking.plan import ChunkPlan
@@ -366,6 +367,9 @@ def report_info(run: Run, total: Accounting) -> info.RunInfo:
   """What the report shows besides the metrics."""
   cfg, train = run.config.model, run.config.train
   parameters = sum(x.size for x in jax.tree.leaves((run.params, run.frozen)))
+  size = f"{parameters:,} parameters"
+  if cfg.moe is not None:
+    size += f" ({active_parameters(cfg, parameters):,} for each token)"
   picture = None
   if run.busiest is not None:
     step, plan = run.busiest
@@ -384,7 +388,7 @@ def report_info(run: Run, total: Accounting) -> info.RunInfo:
       strategy=strategy,
     )
   return info.RunInfo(
-    title=f"{run.workdir.name}: {parameters:,} parameters, step {run.step:,}",
+    title=f"{run.workdir.name}: {size}, step {run.step:,}",
     chunk_size=train.chunk_size,
     lengths=info.document_lengths(run.corpus.index.lengths, run.corpus.reasons),
     accounting=total,

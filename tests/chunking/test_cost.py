@@ -10,6 +10,8 @@ from flax import nnx
 import jaxchunk as jc
 from jaxchunk.chunking import chunk_outer, cost, layer_outer
 from jaxchunk.chunking.plan import chunk_plan
+from jaxchunk.models.families import preset
+from jaxchunk.models.moe import MoE
 
 # Wide in what multiplies, so that what only adds is little.
 CFG = jc.ModelConfig(
@@ -58,6 +60,27 @@ def test_flops_by_hand():
   assert cost.attention_flops(CFG, 0, 3) == 2 * 2 * 16 * 2 * 6
   needed = 3 * (7 * (LAYER + HEAD) + 128 * (6 + 10))
   assert cost.model_flops(CFG, [3, 4]) == needed
+
+
+@pytest.mark.fast
+def test_experts_count_those_that_a_token_goes_to():
+  moe = MoE(num_experts=8, experts_per_token=2, d_ff=96, shared_d_ff=64)
+  cfg = dataclasses.replace(CFG, moe=moe)
+  other = 192 * (8 + 3 * (64 + 2 * 96)) - 3 * 192 * 384
+  assert cost.layer_flops_per_token(cfg) == LAYER + 2 * other
+  # The batch's balance is counted by one more forward pass of every chunk.
+  balanced = dataclasses.replace(moe, balance_loss=0.1)
+  less, more = (plan_cost([24, 3], 8, moe=m) for m in (moe, balanced))
+  assert more.model == less.model
+  forward = sum(c.forward for lane in less.chunks for c in lane)
+  assert more.hardware == less.hardware + forward
+
+
+@pytest.mark.fast
+def test_active_parameters_are_those_published():
+  cfg = preset("mixtral-8x7b")
+  assert cost.active_parameters(cfg, 46_702_792_704) == 12_879_925_248
+  assert cost.active_parameters(CFG, 100) == 100
 
 
 @pytest.mark.fast
@@ -161,6 +184,23 @@ def test_the_compiler_counts_the_same_forward():
   # The naive attention computes hidden pairs too.
   formula = size * (LAYER + HEAD) + 4 * 2 * 16 * size**2
   assert compiled_flops(forward, abstract(CFG), tokens) == pytest.approx(
+    formula, rel=0.03
+  )
+
+
+def test_the_compiler_counts_the_same_for_experts():
+  # As many slots as copies: no product is in vain.
+  moe = MoE(num_experts=4, experts_per_token=2, d_ff=256, capacity_factor=1.0)
+  cfg = dataclasses.replace(CFG, moe=moe)
+  size = 128
+  tokens = jax.ShapeDtypeStruct((1, size), jnp.int32)
+
+  def forward(model, tokens):
+    return model(tokens, implementation="reference")
+
+  layer = cost.layer_flops_per_token(cfg)
+  formula = size * (layer + HEAD) + 4 * 2 * 16 * size**2
+  assert compiled_flops(forward, abstract(cfg), tokens) == pytest.approx(
     formula, rel=0.03
   )
 

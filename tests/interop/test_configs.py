@@ -12,7 +12,9 @@ from jaxchunk.models.families import (
   gemma2,
   llama2,
   mistral,
+  mixtral,
 )
+from jaxchunk.models.moe import MoE
 from jaxchunk.models.rope import (
   DynamicNtkScaling,
   LinearScaling,
@@ -245,6 +247,47 @@ def test_what_is_not_known_is_refused_by_name(fields, message):
     return
   with pytest.raises(InteropError, match=message):
     config_from_hf(values)
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]: a model in which only"),
+    ({"decoder_sparse_step": 2}, "decoder_sparse_step=2: a model in which on"),
+    ({"num_experts_per_tok": 200}, "moe.experts_per_token=200 is more than mo"),
+  ],
+)
+def test_experts_of_other_kinds_are_refused_by_name(fields, message):
+  values = _llama(architectures=["Qwen3MoeForCausalLM"], **fields)
+  with pytest.raises(InteropError, match=message):
+    config_from_hf(values)
+
+
+def test_experts_are_those_published():
+  values = _llama(architectures=["Qwen3MoeForCausalLM"], num_experts=12)
+  want = MoE(
+    num_experts=12, experts_per_token=8, d_ff=768, normalize_top_k=False
+  )
+  assert config_from_hf(values).moe == want
+  # As transformers 5 writes it.
+  values = values | {"num_local_experts": 16, "norm_topk_prob": True}
+  want = dataclasses.replace(want, num_experts=16, normalize_top_k=True)
+  assert config_from_hf(values).moe == want
+  values = _llama(architectures=["MixtralForCausalLM"])
+  assert config_from_hf(values).moe == MoE(
+    num_experts=8, experts_per_token=2, d_ff=values["intermediate_size"]
+  )
+
+
+def test_losses_of_routers_are_of_training_alone_and_shared_experts_are_not():
+  moe = MoE(num_experts=4, experts_per_token=2, d_ff=8, balance_loss=0.1)
+  cfg = mixtral(**_SIZES, moe=moe)
+  values = config_to_hf(cfg)
+  assert values["architectures"] == ["MixtralForCausalLM"]
+  assert values["intermediate_size"] == 8
+  cfg.moe = dataclasses.replace(moe, shared_d_ff=3)
+  with pytest.raises(InteropError, match="shared_d_ff=3"):
+    config_to_hf(cfg)
 
 
 def test_a_type_of_layer_that_is_not_known_is_named():

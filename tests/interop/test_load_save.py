@@ -15,8 +15,16 @@ from jaxchunk.data.tokenizers import ByteTokenizer
 from jaxchunk.interop import safetensors_files
 from jaxchunk.interop.errors import InteropError
 from jaxchunk.models.adapters import add_lora, merge_lora, quantize_model
-from jaxchunk.models.families import gemma3, olmo2, phi3, qwen2
+from jaxchunk.models.families import (
+  gemma3,
+  mixtral,
+  olmo2,
+  phi3,
+  qwen2,
+  qwen3_moe,
+)
 from jaxchunk.models.lora import LoRA
+from jaxchunk.models.moe import MoE
 from jaxchunk.models.quantized import Quantization
 
 pytestmark = pytest.mark.fast
@@ -34,6 +42,10 @@ _CONFIGS = {
   "qwen2": qwen2(**_SIZES),
   "phi3": phi3(**_SIZES, window=8),
   "olmo2": olmo2(**_SIZES),
+  "mixtral": mixtral(**_SIZES),
+  "qwen3 moe": qwen3_moe(
+    **_SIZES, moe=MoE(num_experts=3, experts_per_token=2, d_ff=5)
+  ),
   "gemma3": gemma3(**_SIZES | {"num_layers": 7}, window=8),
 }
 

@@ -6,7 +6,6 @@ side by side, and runs as many chunks as the longest of them has.
 """
 
 import dataclasses
-import heapq
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jaxchunk.chunking.balance import longest_processing_time
 from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.lanes import LaneArrays, capacity_chunks, pad_lane
 from jaxchunk.models.transformer import Transformer
@@ -66,7 +66,7 @@ def make_turns(
   size = len(teams[0])
   order = sorted(range(len(costs)), key=lambda n: -costs[n])
   rows = [order[n : n + size] for n in range(0, len(order), size)]
-  dealt = balanced([max(costs[n] for n in row) for row in rows], len(teams))
+  dealt = longest_processing_time([max(costs[n] for n in row) for row in rows], len(teams))
   turns = []
   for number in range(max(map(len, dealt))):
     lanes: list[int | None] = [None] * sum(map(len, teams))
@@ -90,26 +90,6 @@ def _teams(layout: Layout, lockstep: frozenset[str]) -> list[list[int]]:
   grid = np.arange(math.prod(sizes)).reshape(sizes)
   rows = grid.transpose(apart + together)
   return rows.reshape(-1, math.prod(sizes[n] for n in together)).tolist()
-
-
-def balanced(costs: Sequence[int], groups: int) -> list[list[int]]:
-  """Deals lanes out by longest processing time (Graham, 1969).
-
-  Args:
-    costs: Of each lane.
-    groups: How many get some.
-
-  Returns:
-    The lanes of each group, the costliest first: what the costliest group has
-    is at most 4/3 of the least that is possible.
-  """
-  heap = [(0, group) for group in range(groups)]
-  dealt: list[list[int]] = [[] for _ in range(groups)]
-  for lane in sorted(range(len(costs)), key=lambda n: -costs[n]):
-    total, group = heapq.heappop(heap)
-    dealt[group].append(lane)
-    heapq.heappush(heap, (total + costs[lane], group))
-  return dealt
 
 
 def place(

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxchunk as jc
 from jaxchunk.chunking import executor, parallel
 from jaxchunk.chunking.shards import Shards
-from jaxchunk.chunking.turns import balanced, make_turns
+from jaxchunk.chunking.turns import make_turns
 from jaxchunk.models.adapters import add_lora
 from jaxchunk.models.lora import LoRA
 from jaxchunk.sharding.mesh import Layout
@@ -96,17 +96,6 @@ def test_the_loss_alone_over_devices():
     Layout(fsdp=2, context=2, tensor=2), model, examples, options
   )
   np.testing.assert_allclose(got, want, rtol=1e-6)
-
-
-@given(
-  st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 9)
-)
-def test_lanes_are_dealt_out_evenly(costs, groups):
-  dealt = balanced(costs, groups)
-  assert sorted(n for group in dealt for n in group) == list(range(len(costs)))
-  loads = [sum(costs[n] for n in group) for group in dealt]
-  least = max(sum(costs) / groups, max(costs))
-  assert max(loads) <= 4 / 3 * least + max(costs) / 3
 
 
 @given(

@@ -17,6 +17,7 @@ Three ways, each a pure function of the plan and the cost model:
 """
 
 import dataclasses
+import functools
 import heapq
 import math
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,21 @@ class Problem:
   def num_lanes(self) -> int:
     """How many there are to place."""
     return self.seconds.shape[1]
+
+  @functools.cached_property
+  def costs(self) -> list[list[float]]:
+    """`seconds` as lists, which loops read faster."""
+    return self.seconds.tolist()
+
+  @functools.cached_property
+  def longest_first(self) -> Int64[np.ndarray, "degrees lanes"]:
+    """The lanes by falling time, for each degree."""
+    return np.argsort(-self.seconds, axis=1, kind="stable")
+
+  @functools.cached_property
+  def lower_bound(self) -> float:
+    """`least_makespan`."""
+    return least_makespan(self)
 
 
 def placement_problem(
@@ -292,19 +308,17 @@ def deal(
   loads, reserved = np.zeros((2, problem.devices))
   for lane, group in fixed.items():
     degree = problem.degrees[rows[lane]]
-    reserved[group * degree : (group + 1) * degree] += problem.seconds[
-      rows[lane], lane
-    ]
+    where = slice(group * degree, (group + 1) * degree)
+    reserved[where] += problem.costs[rows[lane]][lane]
   groups = np.zeros(problem.num_lanes, np.int64)
-  queues: list[list[int]] = []
-  for row in range(len(problem.degrees)):
-    mine = np.flatnonzero(rows == row)
-    longest_first = np.argsort(-problem.seconds[row, mine], kind="stable")
-    queues.append(mine[longest_first].tolist())
+  queues: list[list[int]] = [
+    order[rows[order] == row].tolist()
+    for row, order in enumerate(problem.longest_first)
+  ]
   for row in reversed(range(len(queues))):
     if not queues[row]:
       continue
-    degree, costs = problem.degrees[row], problem.seconds[row].tolist()
+    degree, costs = problem.degrees[row], problem.costs[row]
     free = [n for n in queues[row] if n not in fixed]
     given = [(n, fixed[n]) for n in queues[row] if n in fixed]
     # Devices of a group have run the same so far.
@@ -334,8 +348,7 @@ def placement(problem: Problem, dealt: Dealt, way: str) -> Placement:
       Turn(degree, tuple(q[n] if n < len(q) else None for q in queues))
       for n in range(max(map(len, queues)))
     ]
-  bound = least_makespan(problem)
-  return Placement(tuple(turns), dealt.makespan, bound, way)
+  return Placement(tuple(turns), dealt.makespan, problem.lower_bound, way)
 
 
 def static_placement(problem: Problem, degree: int | None = None) -> Placement:

@@ -15,7 +15,6 @@ from jaxchunk.chunking.balance import (
   Placement,
   Problem,
   deal,
-  least_makespan,
   placement,
 )
 
@@ -24,6 +23,7 @@ from jaxchunk.chunking.balance import (
 _MOST_LIMITS = 64
 _MOST_CLIMBED = 8
 _MOST_STEPS = 100
+_MOST_MOVED = 12
 # Near enough to the lower bound to stop.
 _NEAR = 1.005
 
@@ -50,7 +50,7 @@ def _hybrid(problem: Problem) -> Dealt:
     if np.isfinite(problem.seconds[row]).all()
   ]
   starts.sort(key=lambda rows: deal(problem, rows).makespan)
-  enough = least_makespan(problem) * _NEAR
+  enough = problem.lower_bound * _NEAR
   ends = [climbed(problem, r, enough) for r in starts[:_MOST_CLIMBED]]
   return min(ends, key=lambda end: end.makespan)
 
@@ -87,10 +87,12 @@ def climbed(
 def _moves(
   problem: Problem, rows: Int64[np.ndarray, " lanes"], dealt: Dealt
 ) -> Iterator[tuple[int, int]]:
-  """Lanes of a device that is done last, each with a next degree."""
+  """The longest lanes of a device that is done last, with a next degree."""
   last = int(dealt.loads.argmax())
   degrees = np.asarray(problem.degrees)[rows]
-  for lane in np.flatnonzero(dealt.groups == last // degrees).tolist():
+  lanes = np.flatnonzero(dealt.groups == last // degrees)
+  longest = np.argsort(-problem.seconds[rows[lanes], lanes], kind="stable")
+  for lane in lanes[longest[:_MOST_MOVED]].tolist():
     for row in (int(rows[lane]) + 1, int(rows[lane]) - 1):
       if 0 <= row < len(problem.degrees) and math.isfinite(
         problem.seconds[row, lane]
@@ -111,5 +113,5 @@ def _within(problem: Problem, limit: float) -> Int64[np.ndarray, " lanes"]:
 def _limits(problem: Problem) -> list[float]:
   """Limits to try, falling: times of lanes at degrees that are not too high."""
   times = np.unique(problem.seconds[np.isfinite(problem.seconds)])[::-1]
-  useful = times[times >= least_makespan(problem) / 200].tolist()
+  useful = times[times >= problem.lower_bound / 200].tolist()
   return useful[:: max(1, -(-len(useful) // _MOST_LIMITS))]

@@ -66,7 +66,9 @@ def make_turns(
   size = len(teams[0])
   order = sorted(range(len(costs)), key=lambda n: -costs[n])
   rows = [order[n : n + size] for n in range(0, len(order), size)]
-  dealt = longest_processing_time([max(costs[n] for n in row) for row in rows], len(teams))
+  dealt = longest_processing_time(
+    [max(costs[n] for n in row) for row in rows], len(teams)
+  )
   turns = []
   for number in range(max(map(len, dealt))):
     lanes: list[int | None] = [None] * sum(map(len, teams))

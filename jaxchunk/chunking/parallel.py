@@ -11,7 +11,9 @@ added up over devices once, at the end.
 
 import dataclasses
 import functools
+import itertools
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +24,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxchunk.chunking import chunk_outer, executor
+from jaxchunk.chunking.balance_cost import Timing, lane_works
 from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.cost import plan_cost
 from jaxchunk.chunking.executor import Options, Sums
-from jaxchunk.chunking.lanes import capacity_chunks
+from jaxchunk.chunking.lanes import LaneArrays, capacity_chunks
 from jaxchunk.chunking.memory import Strategy
 from jaxchunk.chunking.ops import Stage
 from jaxchunk.chunking.routing import has_router_losses, lane_counts
@@ -42,7 +45,9 @@ from jaxchunk.chunking.totals import (
 from jaxchunk.chunking.turns import (
   GROUPS,
   SEQUENCE,
+  Hybrid,
   Turn,
+  hybrid_turns,
   lane_specs,
   make_turns,
   place,
@@ -196,6 +201,7 @@ def accumulate_over(
   mesh: Mesh | None = None,
   rng: PRNGKeyArray | None = None,
   spread: bool = False,
+  hybrid: Hybrid | None = None,
 ) -> Sums:
   """`executor.accumulate` over the devices of a layout.
 
@@ -211,6 +217,8 @@ def accumulate_over(
     rng: As in `accumulate`.
     spread: Splits gradients further, over devices that have copies of the
       parameter (`Layout.spread`).
+    hybrid: Gives each lane a group of its own size, of the devices of "data"
+      and "context"; by default all groups are as the layout says.
 
   Returns:
     The sums; each gradient is split as its parameter is, or further.
@@ -231,24 +239,159 @@ def accumulate_over(
     strategy=strategy,
   )
   chunks = [lane.num_chunks for lane in lanes]
-  turns = make_turns(layout, ready.shards.lockstep, costs.lanes, chunks)
+  if hybrid is None:
+    turns = make_turns(layout, ready.shards.lockstep, costs.lanes, chunks)
+  else:
+    _check_hybrid(layout, ready.shards)
+    turns = hybrid_turns(layout, plan, hybrid, model.cfg)
   weight = executor.weight_of(examples)
-  placed = [place(model, t, lanes, options.chunk_size, mesh) for t in turns]
-  static: Any = {"options": options, "mesh": mesh, "shards": ready.shards}
+  placed = [
+    _Placed.of(model, turn, lanes, options.chunk_size, mesh) for turn in turns
+  ]
+  static: Any = {"options": options, "shards": ready.shards}
   router = None
   if has_router_losses(model.cfg):
     tokens = sum(plan.lengths)
     router = _router_weights(ready, placed, tokens, weight, static)
   totals = zero_totals(mesh, options, ready.shards)(ready.model)
-  for lane, counts in placed:
+  places = jax.tree.map(lambda a: a.sharding, totals)
+  for turn_ in placed:
     totals = _program(
-      ready.model, lane, counts, totals, ready.rng, router, **static
+      ready.model,
+      turn_.lane,
+      turn_.counts,
+      # On one mesh, or each order of sizes would be a program of its own.
+      jax.device_put(totals, places),
+      ready.rng,
+      router,
+      mesh=turn_.mesh,
+      **static,
     )
+  totals = jax.device_put(totals, places)
   add = added(
     mesh, options, ready.stored, ready.shards, layout if spread else None
   )
   loss, grads = add(totals)
   return Sums(loss, weight, options.trainable.state(grads), plan)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+  """A turn on devices.
+
+  Attributes:
+    mesh: Their axes, of this turn's sizes.
+    lane: A row for each group.
+    counts: How many chunks each group runs.
+  """
+
+  mesh: Mesh
+  lane: Lane
+  counts: Array
+
+  @classmethod
+  def of(
+    cls,
+    model: Transformer,
+    turn: Turn,
+    lanes: Sequence[LaneArrays],
+    chunk_size: int,
+    mesh: Mesh,
+    chunks: int = 1,
+  ) -> "_Placed":
+    mesh = _with_context(mesh, turn.context)
+    return cls(mesh, *place(model, turn, lanes, chunk_size, mesh, chunks))
+
+
+@functools.cache
+def _with_context(mesh: Mesh, context: int) -> Mesh:
+  """The same devices in the same order, with other groups."""
+  sizes = dict(mesh.shape)
+  sizes["data"] = sizes["data"] * sizes[SEQUENCE] // context
+  sizes[SEQUENCE] = context
+  return Mesh(
+    mesh.devices.reshape(tuple(sizes.values())),
+    mesh.axis_names,
+    axis_types=mesh.axis_types,
+  )
+
+
+def _check_hybrid(layout: Layout, shards: Shards) -> None:
+  if shards.lockstep or layout.fsdp * layout.expert > 1:
+    near = dataclasses.replace(
+      layout, data=layout.data * layout.fsdp * layout.expert, fsdp=1, expert=1
+    )
+    raise ValueError(
+      f"hybrid groups need whole parameters on every device, and {layout} "
+      f"splits them; the nearest layout is {near}"
+    )
+
+
+def timings_over(
+  layout: Layout,
+  model: Transformer,
+  options: Options,
+  degrees: Sequence[int],
+  *,
+  chunks: Sequence[int] = (1, 2, 4),
+  rounds: int = 2,
+  mesh: Mesh | None = None,
+) -> list[Timing]:
+  """Times lanes on groups of several sizes, for `fit_cost`.
+
+  Args:
+    layout: As in `accumulate_over`.
+    model: The model.
+    options: From `make_options`.
+    degrees: Devices of a group, which divide those of "data" and "context".
+    chunks: How many of each lane; all groups run one.
+    rounds: The least time of so many counts, behind one that compiles.
+    mesh: As in `accumulate_over`.
+
+  Returns:
+    One for each degree and length, in seconds.
+
+  Raises:
+    ValueError: As `accumulate_over`.
+  """
+  mesh = layout.mesh() if mesh is None else mesh
+  ready = _Ready(layout, model, mesh)
+  _check_hybrid(layout, ready.shards)
+  totals = zero_totals(mesh, options, ready.shards)(ready.model)
+  places = jax.tree.map(lambda a: a.sharding, totals)
+  found = []
+  for degree, count in itertools.product(degrees, chunks):
+    sub = dataclasses.replace(
+      layout,
+      data=layout.data * layout.context // degree,
+      context=degree,
+    )
+    check_layout(sub, model.cfg, options)
+    token = np.zeros(count * options.chunk_size, np.int32)
+    example = Example(token, token, np.ones(len(token), np.float32))
+    plan, lanes = executor.plan_lanes(model, [example], options.chunk_size)
+    turn = Turn(degree, (0,) * sub.data, (count,) * sub.data)
+    turn_ = _Placed.of(model, turn, lanes, options.chunk_size, mesh)
+    best = math.inf
+    for n in range(rounds + 1):
+      start = time.perf_counter()
+      totals = _program(
+        ready.model,
+        turn_.lane,
+        turn_.counts,
+        jax.block_until_ready(jax.device_put(totals, places)),
+        None,
+        None,
+        options=options,
+        mesh=turn_.mesh,
+        shards=ready.shards,
+      )
+      jax.block_until_ready(totals)
+      if n:
+        best = min(best, time.perf_counter() - start)
+    (work,) = lane_works(plan, model.cfg.window_pattern)
+    found.append(Timing(work, degree, best))
+  return found
 
 
 def warm_up_over(
@@ -282,18 +425,26 @@ def warm_up_over(
   example = Example(token, token, np.zeros(1, np.float32))
   _, lanes = executor.plan_lanes(model, [example], options.chunk_size)
   groups = math.prod(getattr(layout, axis) for axis in GROUPS)
-  turn = Turn((0,) * groups, (1,) * groups)
-  static: Any = {"options": options, "mesh": mesh, "shards": ready.shards}
+  turn = Turn(layout.context, (0,) * groups, (1,) * groups)
+  static: Any = {"options": options, "shards": ready.shards}
   totals = zero_totals(mesh, options, ready.shards)(ready.model)
   top = capacity_chunks(-(-longest // options.chunk_size))
   capacities = [1 << n for n in range(top.bit_length())]
   for capacity in capacities:
-    lane, counts = place(model, turn, lanes, options.chunk_size, mesh, capacity)
+    size = options.chunk_size
+    turn_ = _Placed.of(model, turn, lanes, size, mesh, capacity)
     router = None
     if has_router_losses(model.cfg):
-      router = _router_weights(ready, [(lane, counts)], 1, 1.0, static)
+      router = _router_weights(ready, [turn_], 1, 1.0, static)
     totals = _program(
-      ready.model, lane, counts, totals, ready.rng, router, **static
+      ready.model,
+      turn_.lane,
+      turn_.counts,
+      totals,
+      ready.rng,
+      router,
+      mesh=turn_.mesh,
+      **static,
     )
   add = added(
     mesh, options, ready.stored, ready.shards, layout if spread else None
@@ -538,7 +689,7 @@ def _loss_program(
 
 def _router_weights(
   ready: _Ready,
-  placed: Sequence[tuple[Lane, Array]],
+  placed: Sequence[_Placed],
   tokens: int,
   weight: float,
   static: Any,
@@ -549,11 +700,18 @@ def _router_weights(
   assert moe is not None
   counts: Any = None
   if moe.balance_loss:
-    for lane, number in placed:
-      part = _counts_program(ready.model, lane, number, ready.rng, **static)
+    for turn in placed:
+      part = _counts_program(
+        ready.model,
+        turn.lane,
+        turn.counts,
+        ready.rng,
+        mesh=turn.mesh,
+        **static,
+      )
       counts = part if counts is None else _sum(counts, part)
   return _weights_over(
-    counts, cfg=cfg, tokens=tokens, weight=weight, mesh=static["mesh"]
+    counts, cfg=cfg, tokens=tokens, weight=weight, mesh=placed[0].mesh
   )
 
 

@@ -16,9 +16,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxchunk.chunking.balance import longest_processing_time
+from jaxchunk.chunking.balance import (
+  longest_processing_time,
+  placement_problem,
+)
+from jaxchunk.chunking.balance_cost import CostModel
+from jaxchunk.chunking.balance_hybrid import hybrid_placement
+from jaxchunk.chunking.balance_program import flexible_placement
 from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.lanes import LaneArrays, capacity_chunks, pad_lane
+from jaxchunk.chunking.plan import ChunkPlan
+from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.sharding.schemes import Ring, device_order
@@ -37,12 +45,34 @@ class Turn:
   """What the groups run next.
 
   Attributes:
+    context: Devices of a group, which share its lane.
     lanes: The lane of each group; `None` is a chunk of padding.
     counts: How many chunks each group runs.
   """
 
+  context: int
   lanes: tuple[int | None, ...]
   counts: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hybrid:
+  """Each lane on as few devices as hold it: data and context are one axis.
+
+  Groups of all sizes that the cost model knows run in one step, of a layout
+  whose devices all have whole parameters. Source: ByteScale's Hybrid Data
+  Parallelism (arXiv 2502.21231), FlexSP (arXiv 2412.01523).
+
+  Attributes:
+    tokens_per_device: Of a lane's capacity that a device has room for.
+    cost: What a lane takes on a group, `fit_cost(timings_over(...))`.
+    program: Whether an integer program looks for something better; its answer
+      depends on the clock, so only where one process plans for all.
+  """
+
+  tokens_per_device: int
+  cost: CostModel
+  program: bool = False
 
 
 def make_turns(
@@ -80,7 +110,36 @@ def make_turns(
           lanes[group] = lane
         for group in team:
           counts[group] = max(chunks[n] for n in row)
-    turns.append(Turn(tuple(lanes), tuple(counts)))
+    turns.append(Turn(layout.context, tuple(lanes), tuple(counts)))
+  return turns
+
+
+def hybrid_turns(
+  layout: Layout, plan: ChunkPlan, hybrid: Hybrid, cfg: ModelConfig
+) -> list[Turn]:
+  """Turns whose groups are as large as their lanes need.
+
+  Args:
+    layout: The devices of "data" and "context".
+    plan: The lanes.
+    hybrid: What they take.
+    cfg: The model, for its windows.
+
+  Raises:
+    ValueError: A lane fits on no group; names what would hold it.
+  """
+  problem = placement_problem(
+    plan,
+    hybrid.cost,
+    devices=layout.data * layout.context,
+    tokens_per_device=hybrid.tokens_per_device,
+    windows=cfg.window_pattern,
+  )
+  find = flexible_placement if hybrid.program else hybrid_placement
+  turns = []
+  for turn in find(problem).turns:
+    chunks = [1 if n is None else plan.lanes[n].num_chunks for n in turn.lanes]
+    turns.append(Turn(turn.degree, turn.lanes, tuple(chunks)))
   return turns
 
 

@@ -14,10 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxchunk as jc
 from jaxchunk.chunking import executor, parallel
+from jaxchunk.chunking.balance_cost import CostModel
 from jaxchunk.chunking.shards import Shards
-from jaxchunk.chunking.turns import make_turns
+from jaxchunk.chunking.turns import Hybrid, hybrid_turns, make_turns
 from jaxchunk.models.adapters import add_lora
 from jaxchunk.models.lora import LoRA
+from jaxchunk.models.moe import MoE
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.types import Batch
 from tests.chunking.conftest import PLAIN, RICH, build, make_batch
@@ -85,6 +87,71 @@ def test_in_fp32_with_dropout_and_adapters():
     model, make_batch(_LONG), chunk_size=16, **options
   )
   compared(over(layout, model, **options), want, 1e-5)
+
+
+_EXPERTS = dataclasses.replace(
+  _SMALL,
+  moe=MoE(
+    num_experts=4,
+    experts_per_token=2,
+    d_ff=16,
+    shared_d_ff=24,
+    balance_loss=0.1,
+    z_loss=0.01,
+  ),
+).frozen()
+
+
+@pytest.mark.parametrize(
+  "layout",
+  [
+    Layout(data=2, expert=4),
+    Layout(expert=2, fsdp=2, context=2),
+    Layout(expert=2, tensor=2, data=2),
+  ],
+  ids=str,
+)
+def test_experts_over_devices_and_their_balance_over_all_lanes(x64, layout):
+  got = over(layout, build(_EXPERTS), strategy="layer_outer")
+  compared(got, reference(_EXPERTS), 1e-11)
+
+
+def test_each_lane_on_as_many_devices_as_it_needs(x64):
+  """Two long lanes on four devices each, the short ones on one."""
+  model = build(_SMALL)
+  exchange = ((2, 2.0), (4, 2.0))
+  cost = CostModel(chunk=0.0, token=1.0, pair=0.01, exchange=exchange)
+  hybrid = Hybrid(tokens_per_device=32, cost=cost)
+  examples = Batch.of(make_batch(_LONG)).examples()
+  options = executor.make_options(model, chunk_size=16)
+  sums = parallel.accumulate_over(
+    Layout(data=8), model, examples, options, hybrid=hybrid
+  )
+  turns = hybrid_turns(Layout(data=8), sums.plan, hybrid, _SMALL)
+  assert [turn.context for turn in turns] == [4, 1]
+  grads = jax.tree.map(lambda g: g / sums.weight, sums.grads)
+  compared((sums.loss / sums.weight, grads), reference(_SMALL), 1e-11)
+  with pytest.raises(
+    ValueError, match=r"whole parameters .* is Layout\(data=8\)"
+  ):
+    parallel.accumulate_over(
+      Layout(fsdp=8), model, examples, options, hybrid=hybrid
+    )
+
+
+def test_lanes_are_timed_on_groups_of_every_size():
+  model = build(_SMALL, "float32")
+  options = executor.make_options(model, chunk_size=16)
+  found = parallel.timings_over(
+    Layout(data=8), model, options, (1, 2), chunks=(1, 2), rounds=1
+  )
+  assert [(t.degree, t.work.chunks) for t in found] == [
+    (1, 1),
+    (1, 2),
+    (2, 1),
+    (2, 2),
+  ]
+  assert all(t.seconds > 0 for t in found)
 
 
 def test_the_loss_alone_over_devices():

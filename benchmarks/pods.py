@@ -41,8 +41,8 @@ from jaxchunk.chunking.memory import (
   chunk_bytes,
   state_bytes_per_token,
 )
-from jaxchunk.chunking.parallel import trace_over
 from jaxchunk.chunking.plan import chunk_plan
+from jaxchunk.chunking.traces import trace_over
 from jaxchunk.models.families import preset
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.sharding.rules import Rules

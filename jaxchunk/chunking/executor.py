@@ -395,10 +395,11 @@ def _router_weights(
       counts = counts_program(
         model, lane, num_chunks, counts, rng, options=options
       )
-  return _weights(moe, counts, *numbers)
+  return router_weights(moe, counts, *numbers)
 
 
-_weights = jax.jit(RouterWeights.of, static_argnums=0)
+router_weights = jax.jit(RouterWeights.of, static_argnums=0)
+"""What routers' sums count for, compiled."""
 
 
 def warm_up(

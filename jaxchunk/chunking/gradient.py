@@ -23,12 +23,13 @@ from jaxchunk.chunking.executor import (
 from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.memory import MemorySpace
 from jaxchunk.chunking.ops import Keep
-from jaxchunk.chunking.parallel import accumulate_over, trace_over
+from jaxchunk.chunking.parallel import accumulate_over
 from jaxchunk.chunking.routing import (
   check_no_router_losses,
   has_router_losses,
 )
 from jaxchunk.chunking.spaco import SpaCO
+from jaxchunk.chunking.traces import trace_over
 from jaxchunk.chunking.trainable import check_trainable
 from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.moe import RouterWeights

@@ -20,123 +20,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxchunk.chunking import chunk_outer, executor
+from jaxchunk.chunking import executor
 from jaxchunk.chunking.balance_cost import Timing, lane_works
 from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.cost import plan_cost
 from jaxchunk.chunking.executor import Options, Sums
 from jaxchunk.chunking.lanes import LaneArrays, capacity_chunks
-from jaxchunk.chunking.memory import Strategy
-from jaxchunk.chunking.ops import Stage
-from jaxchunk.chunking.routing import has_router_losses, lane_counts
-from jaxchunk.chunking.scores import weighted_sum
-from jaxchunk.chunking.shards import Shards
-from jaxchunk.chunking.spaco import SpaCO
-from jaxchunk.chunking.totals import (
-  SUMMED,
-  added,
-  make_zeros,
-  total_specs,
-  zero_totals,
+from jaxchunk.chunking.layouts import check_hybrid, check_layout
+from jaxchunk.chunking.programs import (
+  NOWHERE,
+  counts_program,
+  lane_program,
+  loss_program,
 )
+from jaxchunk.chunking.routing import has_router_losses
+from jaxchunk.chunking.shards import Shards
+from jaxchunk.chunking.totals import added, zero_totals
 from jaxchunk.chunking.turns import (
   GROUPS,
   SEQUENCE,
   Hybrid,
   Turn,
   hybrid_turns,
-  lane_specs,
   make_turns,
   place,
+  put,
 )
-from jaxchunk.kernels.state import KVPrefix, KVWindow
-from jaxchunk.kernels.vma import vary_like
-from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.moe import RouterWeights
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
-from jaxchunk.sharding.state import KVContext
 from jaxchunk.types import Example
-
-_NOWHERE = PartitionSpec()
-
-
-def check_layout(
-  layout: Layout, cfg: ModelConfig, options: Options
-) -> Strategy:
-  """Whether lanes can run so; the strategy that they run by.
-
-  Raises:
-    ValueError: Chunks or heads cannot be dealt out evenly; names a size that
-      can.
-    NotImplementedError: The layout has stages, or does not go with the
-      options.
-  """
-  if layout.stage > 1:
-    near = dataclasses.replace(layout, stage=1, data=layout.data * layout.stage)
-    raise NotImplementedError(
-      f"layout.stage={layout.stage}: chunks do not run over it so far; the "
-      f"nearest layout is {near}"
-    )
-  size, devices = options.chunk_size, layout.context
-  if size % devices:
-    raise ValueError(
-      f"chunk_size={size} cannot be dealt out to layout.context={devices} "
-      f"devices; take {-(-size // devices) * devices}"
-    )
-  check_heads(layout, cfg)
-  check_experts(layout, cfg)
-  if isinstance(options.strategy, SpaCO):
-    raise NotImplementedError(f"{options.strategy} with a layout")
-  if options.kv_memory == "host":
-    raise NotImplementedError("kv_memory='host' with a layout")
-  return options.strategy
-
-
-def check_heads(layout: Layout, cfg: ModelConfig) -> None:
-  """Whether a layout can split a model's heads.
-
-  Raises:
-    ValueError: There are too few; names the nearest layout.
-    NotImplementedError: They need each other.
-  """
-  heads, parts = cfg.kv_heads, layout.tensor
-  if heads % parts:
-    fits = math.gcd(heads, parts)
-    near = dataclasses.replace(
-      layout, tensor=fits, context=layout.context * parts // fits
-    )
-    raise ValueError(
-      f"layout.tensor={parts} does not divide num_kv_heads={heads}; the "
-      f"nearest layout is {near}"
-    )
-  if parts > 1 and cfg.qk_norm and cfg.qk_norm_over != "head":
-    raise NotImplementedError(
-      f"layout.tensor={parts} with qk_norm_over={cfg.qk_norm_over!r}: its "
-      "norm needs all heads of a token; use 'context' or 'fsdp'"
-    )
-
-
-def check_experts(layout: Layout, cfg: ModelConfig) -> None:
-  """Whether a layout can split a model's experts.
-
-  Raises:
-    ValueError: It cannot, or there are none; names the nearest layout.
-  """
-  experts = 1 if cfg.moe is None else cfg.moe.num_experts
-  fits = math.gcd(experts, layout.expert)
-  if fits < layout.expert:
-    near = dataclasses.replace(
-      layout, expert=fits, data=layout.data * layout.expert // fits
-    )
-    has = "a model without experts" if cfg.moe is None else f"{experts} experts"
-    raise ValueError(
-      f"layout.expert={layout.expert} cannot split {has}; the nearest layout "
-      f"is {near}"
-    )
 
 
 def place_model(
@@ -189,7 +105,7 @@ class _Ready:
     if layout.gather == "step":
       self.shards = self.stored.gathered()
     self.model = _put_model(model, self.shards, mesh)
-    self.rng = jax.device_put(rng, NamedSharding(mesh, _NOWHERE))
+    self.rng = jax.device_put(rng, NamedSharding(mesh, NOWHERE))
 
 
 def accumulate_over(
@@ -242,7 +158,7 @@ def accumulate_over(
   if hybrid is None:
     turns = make_turns(layout, ready.shards.lockstep, costs.lanes, chunks)
   else:
-    _check_hybrid(layout, ready.shards)
+    check_hybrid(layout, ready.shards)
     turns = hybrid_turns(layout, plan, hybrid, model.cfg)
   weight = executor.weight_of(examples)
   placed = [
@@ -256,7 +172,7 @@ def accumulate_over(
   totals = zero_totals(mesh, options, ready.shards)(ready.model)
   places = jax.tree.map(lambda a: a.sharding, totals)
   for turn_ in placed:
-    totals = _program(
+    totals = lane_program(
       ready.model,
       turn_.lane,
       turn_.counts,
@@ -316,17 +232,6 @@ def _with_context(mesh: Mesh, context: int) -> Mesh:
   )
 
 
-def _check_hybrid(layout: Layout, shards: Shards) -> None:
-  if shards.lockstep or layout.fsdp * layout.expert > 1:
-    near = dataclasses.replace(
-      layout, data=layout.data * layout.fsdp * layout.expert, fsdp=1, expert=1
-    )
-    raise ValueError(
-      f"hybrid groups need whole parameters on every device, and {layout} "
-      f"splits them; the nearest layout is {near}"
-    )
-
-
 def timings_over(
   layout: Layout,
   model: Transformer,
@@ -356,7 +261,7 @@ def timings_over(
   """
   mesh = layout.mesh() if mesh is None else mesh
   ready = _Ready(layout, model, mesh)
-  _check_hybrid(layout, ready.shards)
+  check_hybrid(layout, ready.shards)
   totals = zero_totals(mesh, options, ready.shards)(ready.model)
   places = jax.tree.map(lambda a: a.sharding, totals)
   found = []
@@ -375,7 +280,7 @@ def timings_over(
     best = math.inf
     for n in range(rounds + 1):
       start = time.perf_counter()
-      totals = _program(
+      totals = lane_program(
         ready.model,
         turn_.lane,
         turn_.counts,
@@ -436,7 +341,7 @@ def warm_up_over(
     router = None
     if has_router_losses(model.cfg):
       router = _router_weights(ready, [turn_], 1, 1.0, static)
-    totals = _program(
+    totals = lane_program(
       ready.model,
       turn_.lane,
       turn_.counts,
@@ -473,7 +378,7 @@ def loss_sum_over(
   total: Any = None
   for turn in make_turns(layout, ready.shards.lockstep, costs.lanes, chunks):
     lane, counts = place(model, turn, lanes, options.chunk_size, mesh)
-    part = _loss_program(
+    part = loss_program(
       ready.model,
       lane,
       counts,
@@ -483,208 +388,6 @@ def loss_sum_over(
     )
     total = part if total is None else _sum(total, part)
   return total
-
-
-def trace_over(
-  layout: Layout,
-  model: Transformer,
-  capacity: int,
-  options: Options,
-  *,
-  mesh: Mesh | None = None,
-) -> jax.stages.Traced:
-  """The program for a lane of each group, neither lowered nor compiled.
-
-  Args:
-    layout: As in `accumulate_over`.
-    model: The model, real or abstract.
-    capacity: Tokens of each lane; rounded up to a power of two of chunks.
-    options: From `make_options`.
-    mesh: Of the devices to compile for, which need not be there.
-
-  Returns:
-    The program, `.lower().compile()` it or count what it sends
-    (`sharding.traffic`); its accumulators are donated.
-
-  Raises:
-    ValueError: As `accumulate_over`.
-    NotImplementedError: As `accumulate_over`.
-  """
-  mesh = layout.mesh() if mesh is None else mesh
-  shapes = _Shapes.of(layout, model, capacity, options, mesh)
-  router = None
-  if model.cfg.moe is not None and has_router_losses(model.cfg):
-    wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
-    size = (model.cfg.num_layers, model.cfg.moe.num_experts)
-    balance: Any = _shape(size, wide, mesh, _NOWHERE)
-    z: Any = _shape((), wide, mesh, _NOWHERE)
-    router = RouterWeights(balance, z)
-  totals = jax.eval_shape(
-    make_zeros(mesh, options, shapes.shards), shapes.model
-  )
-  totals = jax.tree.map(
-    lambda a, spec: _shape(a.shape, a.dtype, mesh, spec),
-    totals,
-    total_specs(options, shapes.shards),
-  )
-  return _program.trace(
-    shapes.model,
-    shapes.lane,
-    shapes.counts,
-    totals,
-    None,
-    router,
-    options=options,
-    mesh=mesh,
-    shards=shapes.shards,
-  )
-
-
-def trace_loss_over(
-  layout: Layout,
-  model: Transformer,
-  capacity: int,
-  options: Options,
-  *,
-  mesh: Mesh | None = None,
-) -> jax.stages.Traced:
-  """`trace_over` for the program of `loss_sum_over`."""
-  mesh = layout.mesh() if mesh is None else mesh
-  shapes = _Shapes.of(layout, model, capacity, options, mesh)
-  return _loss_program.trace(
-    shapes.model,
-    shapes.lane,
-    shapes.counts,
-    options=options,
-    mesh=mesh,
-    shards=shapes.shards,
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shapes:
-  """What a program is given, as shapes on the devices of a mesh."""
-
-  shards: Shards
-  model: Transformer
-  lane: Lane
-  counts: jax.ShapeDtypeStruct
-
-  @classmethod
-  def of(
-    cls,
-    layout: Layout,
-    model: Transformer,
-    capacity: int,
-    options: Options,
-    mesh: Mesh,
-  ) -> "_Shapes":
-    check_layout(layout, model.cfg, options)
-    shards = Shards.of(model, layout)
-    if layout.gather == "step":
-      shards = shards.gathered()
-    leaves, treedef = jax.tree.flatten(model)
-    leaves = [
-      _shape(a.shape, a.dtype, mesh, shards.spec(n))
-      for n, a in enumerate(leaves)
-    ]
-    chunks = capacity_chunks(-(-int(capacity) // options.chunk_size))
-    groups = math.prod(mesh.shape[axis] for axis in GROUPS)
-    rows, by_group = lane_specs()
-    wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
-    size = (groups, chunks * options.chunk_size)
-    fields: Any = {
-      field.name: _shape(
-        size, wide if field.name == "weights" else jnp.int32, mesh, rows
-      )
-      for field in dataclasses.fields(Lane)
-    }
-    return cls(
-      shards,
-      jax.tree.unflatten(treedef, leaves),
-      Lane(**fields),
-      _shape((groups,), jnp.int32, mesh, by_group),
-    )
-
-
-def _shape(
-  shape: Sequence[int], dtype: Any, mesh: Mesh, spec: PartitionSpec
-) -> jax.ShapeDtypeStruct:
-  sharding = NamedSharding(mesh, spec)
-  return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
-
-
-@functools.partial(
-  jax.jit,
-  static_argnames=("options", "mesh", "shards"),
-  donate_argnames=("totals",),
-)
-def _program(
-  model: Transformer,
-  lane: Lane,
-  counts: Array,
-  totals: Any,
-  rng: PRNGKeyArray | None,
-  router: RouterWeights | None,
-  *,
-  options: Options,
-  mesh: Mesh,
-  shards: Shards,
-) -> Any:
-  """Adds a lane of each group to the totals of its devices."""
-  stage = _local_stage(options, model.cfg, mesh, shards)
-  leaves, treedef = jax.tree.flatten(model)
-
-  def local(
-    leaves: Any, lane: Any, counts: Any, totals: Any, rng: Any, router: Any
-  ) -> Any:
-    here = dataclasses.replace(stage, router=router)
-    totals = jax.tree.map(lambda a: a[0], totals)
-    # Parameters that vary keep the loops free of sums over the devices.
-    model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
-    sums = executor.lane_gradient(
-      here, options, model, lane, counts[0], totals, rng
-    )
-    return jax.tree.map(lambda a: a[None], sums)
-
-  specs = [shards.spec(n) for n in range(len(leaves))]
-  summed = total_specs(options, shards)
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(specs, *lane_specs(), summed, _NOWHERE, _NOWHERE),
-    out_specs=summed,
-    check_vma=True,
-  )(leaves, lane, counts, totals, rng, router)
-
-
-@functools.partial(jax.jit, static_argnames=("options", "mesh", "shards"))
-def _loss_program(
-  model: Transformer,
-  lane: Lane,
-  counts: Array,
-  *,
-  options: Options,
-  mesh: Mesh,
-  shards: Shards,
-) -> Array:
-  """`sum(weights * nll)` of a lane of each group, added up."""
-  stage = _local_stage(options, model.cfg, mesh, shards)
-  leaves, treedef = jax.tree.flatten(model)
-
-  def local(leaves: Any, lane: Any, counts: Any) -> Any:
-    model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
-    nll = chunk_outer.lane_nll(stage, model, lane, counts[0])
-    return jax.lax.psum(weighted_sum(lane.weights, nll), SUMMED)
-
-  specs = [shards.spec(n) for n in range(len(leaves))]
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(specs, *lane_specs()),
-    out_specs=_NOWHERE,
-    check_vma=True,
-  )(leaves, lane, counts)
 
 
 def _router_weights(
@@ -701,7 +404,7 @@ def _router_weights(
   counts: Any = None
   if moe.balance_loss:
     for turn in placed:
-      part = _counts_program(
+      part = counts_program(
         ready.model,
         turn.lane,
         turn.counts,
@@ -710,93 +413,15 @@ def _router_weights(
         **static,
       )
       counts = part if counts is None else _sum(counts, part)
-  return _weights_over(
-    counts, cfg=cfg, tokens=tokens, weight=weight, mesh=placed[0].mesh
-  )
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "tokens", "weight", "mesh"))
-def _weights_over(
-  counts: Array | None,
-  *,
-  cfg: ModelConfig,
-  tokens: int,
-  weight: float,
-  mesh: Mesh,
-) -> RouterWeights:
-  moe = cfg.moe
-  assert moe is not None
+  everywhere = NamedSharding(placed[0].mesh, NOWHERE)
+  wide = np.dtype(jnp.promote_types(cfg.dtype, jnp.float32))
+  numbers = [put(np.asarray(n, wide), everywhere) for n in (tokens, weight)]
   if counts is None:
-    counts = jnp.zeros((cfg.num_layers, moe.num_experts), jnp.int32)
-  wide = jnp.promote_types(cfg.dtype, jnp.float32)
-  found = RouterWeights.of(
-    moe, counts, jnp.asarray(tokens, wide), jnp.asarray(weight, wide)
-  )
-  return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, _NOWHERE))
-
-
-@functools.partial(jax.jit, static_argnames=("options", "mesh", "shards"))
-def _counts_program(
-  model: Transformer,
-  lane: Lane,
-  counts: Array,
-  rng: PRNGKeyArray | None,
-  *,
-  options: Options,
-  mesh: Mesh,
-  shards: Shards,
-) -> Array:
-  """Copies that each expert gets of a lane of each group, `[L,E]`."""
-  stage = _local_stage(options, model.cfg, mesh, shards)
-  leaves, treedef = jax.tree.flatten(model)
-  moe = model.cfg.moe
-  assert moe is not None
-  shape = (model.cfg.num_layers, moe.num_experts)
-
-  def local(leaves: Any, lane: Any, counts: Any, rng: Any) -> Any:
-    model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
-    zeros = jnp.zeros(shape, jnp.int32)
-    found = lane_counts(stage, model, lane, counts[0], zeros, rng)
-    return jax.lax.psum(found, SUMMED)
-
-  specs = [shards.spec(n) for n in range(len(leaves))]
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(specs, *lane_specs(), _NOWHERE),
-    out_specs=_NOWHERE,
-    check_vma=True,
-  )(leaves, lane, counts, rng)
+    shape = (cfg.num_layers, moe.num_experts)
+    counts = put(np.zeros(shape, np.int32), everywhere)
+  return executor.router_weights(moe, counts, *numbers)
 
 
 @jax.jit
 def _sum(a: Array, b: Array) -> Array:
   return a + b
-
-
-def _local_stage(
-  options: Options, cfg: ModelConfig, mesh: Mesh, shards: Shards
-) -> Stage:
-  """The stage of one device: its part of each chunk, and of the heads."""
-  stage = options.stage(cfg)
-  size = stage.chunk_size // mesh.shape[SEQUENCE]
-  states = []
-  for state in stage.states:
-    assert isinstance(state, KVPrefix)
-    heads = state.num_kv_heads // mesh.shape["tensor"]
-    local = dataclasses.replace(state, num_kv_heads=heads, chunk_size=size)
-    if mesh.shape[SEQUENCE] > 1:
-      local = _over_context(local)
-    states.append(local)
-  return dataclasses.replace(
-    stage, chunk_size=size, states=tuple(states), shards=shards
-  )
-
-
-def _over_context(state: KVPrefix) -> KVContext:
-  fields = {
-    field.name: getattr(state, field.name)
-    for field in dataclasses.fields(KVPrefix)
-  }
-  window = state.window if isinstance(state, KVWindow) else None
-  return KVContext(**fields | {"window": window, "axis": SEQUENCE})

@@ -185,12 +185,12 @@ def place(
     for row, lane in zip(whole, turn.lanes, strict=True):
       if lane is not None:
         row[:] = getattr(pad_lane(lanes[lane], length), name)
-    return _put(whole[:, order], NamedSharding(mesh, spec))
+    return put(whole[:, order], NamedSharding(mesh, spec))
 
   names = [field.name for field in dataclasses.fields(Lane)]
   counts = np.asarray(turn.counts, np.int32)
   placed = Lane(**{name: field(name) for name in names})
-  return placed, _put(counts, NamedSharding(mesh, by_group))
+  return placed, put(counts, NamedSharding(mesh, by_group))
 
 
 def lane_specs() -> tuple[PartitionSpec, PartitionSpec]:
@@ -198,8 +198,8 @@ def lane_specs() -> tuple[PartitionSpec, PartitionSpec]:
   return PartitionSpec(GROUPS, SEQUENCE), PartitionSpec(GROUPS)
 
 
-def _put(whole: np.ndarray[Any, Any], sharding: NamedSharding) -> Array:
-  """Each process puts what its own devices need."""
+def put(whole: np.ndarray[Any, Any], sharding: NamedSharding) -> Array:
+  """An array that every process has, each putting what its devices need."""
   # On purpose; jax takes the callback's result for an accident.
   with jax.transfer_guard_host_to_device("allow"):
     return jax.make_array_from_callback(

@@ -13,8 +13,8 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from jaxchunk.chunking.layouts import check_experts, check_heads
 from jaxchunk.chunking.memory import MemorySpace, Strategy
-from jaxchunk.chunking.parallel import check_experts, check_heads
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data import config as data_config
 from jaxchunk.data.config import DataConfig

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxchunk.chunking.executor import loss_program, make_options
 from jaxchunk.chunking.gradient import abstract_lane, lower_chunked
 from jaxchunk.chunking.lanes import capacity_chunks
-from jaxchunk.chunking.parallel import trace_loss_over
+from jaxchunk.chunking.traces import trace_loss_over
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.targets import Target, tracing_for

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxchunk as jc
 from jaxchunk.chunking.executor import make_options
-from jaxchunk.chunking.parallel import trace_over
+from jaxchunk.chunking.traces import trace_over
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.sharding.traffic import traffic
 

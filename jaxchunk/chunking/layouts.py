@@ -1,0 +1,102 @@
+"""Whether chunks can run over a layout; else the nearest that they can."""
+
+import dataclasses
+import math
+
+from jaxchunk.chunking.executor import Options
+from jaxchunk.chunking.memory import Strategy
+from jaxchunk.chunking.shards import Shards
+from jaxchunk.chunking.spaco import SpaCO
+from jaxchunk.models.config import ModelConfig
+from jaxchunk.sharding.mesh import Layout
+
+
+def check_layout(
+  layout: Layout, cfg: ModelConfig, options: Options
+) -> Strategy:
+  """Whether lanes can run so; the strategy that they run by.
+
+  Raises:
+    ValueError: Chunks or heads cannot be dealt out evenly; names a size that
+      can.
+    NotImplementedError: The layout has stages, or does not go with the
+      options.
+  """
+  if layout.stage > 1:
+    near = dataclasses.replace(layout, stage=1, data=layout.data * layout.stage)
+    raise NotImplementedError(
+      f"layout.stage={layout.stage}: chunks do not run over it so far; the "
+      f"nearest layout is {near}"
+    )
+  size, devices = options.chunk_size, layout.context
+  if size % devices:
+    raise ValueError(
+      f"chunk_size={size} cannot be dealt out to layout.context={devices} "
+      f"devices; take {-(-size // devices) * devices}"
+    )
+  check_heads(layout, cfg)
+  check_experts(layout, cfg)
+  if isinstance(options.strategy, SpaCO):
+    raise NotImplementedError(f"{options.strategy} with a layout")
+  if options.kv_memory == "host":
+    raise NotImplementedError("kv_memory='host' with a layout")
+  return options.strategy
+
+
+def check_heads(layout: Layout, cfg: ModelConfig) -> None:
+  """Whether a layout can split a model's heads.
+
+  Raises:
+    ValueError: There are too few; names the nearest layout.
+    NotImplementedError: They need each other.
+  """
+  heads, parts = cfg.kv_heads, layout.tensor
+  if heads % parts:
+    fits = math.gcd(heads, parts)
+    near = dataclasses.replace(
+      layout, tensor=fits, context=layout.context * parts // fits
+    )
+    raise ValueError(
+      f"layout.tensor={parts} does not divide num_kv_heads={heads}; the "
+      f"nearest layout is {near}"
+    )
+  if parts > 1 and cfg.qk_norm and cfg.qk_norm_over != "head":
+    raise NotImplementedError(
+      f"layout.tensor={parts} with qk_norm_over={cfg.qk_norm_over!r}: its "
+      "norm needs all heads of a token; use 'context' or 'fsdp'"
+    )
+
+
+def check_experts(layout: Layout, cfg: ModelConfig) -> None:
+  """Whether a layout can split a model's experts.
+
+  Raises:
+    ValueError: It cannot, or there are none; names the nearest layout.
+  """
+  experts = 1 if cfg.moe is None else cfg.moe.num_experts
+  fits = math.gcd(experts, layout.expert)
+  if fits < layout.expert:
+    near = dataclasses.replace(
+      layout, expert=fits, data=layout.data * layout.expert // fits
+    )
+    has = "a model without experts" if cfg.moe is None else f"{experts} experts"
+    raise ValueError(
+      f"layout.expert={layout.expert} cannot split {has}; the nearest layout "
+      f"is {near}"
+    )
+
+
+def check_hybrid(layout: Layout, shards: Shards) -> None:
+  """Whether groups of a layout may have several sizes in a step.
+
+  Raises:
+    ValueError: Parameters are split over them; names the nearest layout.
+  """
+  if shards.lockstep or layout.fsdp * layout.expert > 1:
+    near = dataclasses.replace(
+      layout, data=layout.data * layout.fsdp * layout.expert, fsdp=1, expert=1
+    )
+    raise ValueError(
+      f"hybrid groups need whole parameters on every device, and {layout} "
+      f"splits them; the nearest layout is {near}"
+    )

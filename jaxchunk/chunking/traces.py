@@ -1,0 +1,152 @@
+"""Programs of a layout traced for devices that need not be there."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxchunk.chunking.chunk import Lane
+from jaxchunk.chunking.executor import Options
+from jaxchunk.chunking.lanes import capacity_chunks
+from jaxchunk.chunking.layouts import check_layout
+from jaxchunk.chunking.programs import NOWHERE, lane_program, loss_program
+from jaxchunk.chunking.routing import has_router_losses
+from jaxchunk.chunking.shards import Shards
+from jaxchunk.chunking.totals import make_zeros, total_specs
+from jaxchunk.chunking.turns import GROUPS, lane_specs
+from jaxchunk.models.moe import RouterWeights
+from jaxchunk.models.transformer import Transformer
+from jaxchunk.sharding.mesh import Layout
+
+
+def trace_over(
+  layout: Layout,
+  model: Transformer,
+  capacity: int,
+  options: Options,
+  *,
+  mesh: Mesh | None = None,
+) -> jax.stages.Traced:
+  """The program for a lane of each group, neither lowered nor compiled.
+
+  Args:
+    layout: As in `accumulate_over`.
+    model: The model, real or abstract.
+    capacity: Tokens of each lane; rounded up to a power of two of chunks.
+    options: From `make_options`.
+    mesh: Of the devices to compile for, which need not be there.
+
+  Returns:
+    The program, `.lower().compile()` it or count what it sends
+    (`sharding.traffic`); its accumulators are donated.
+
+  Raises:
+    ValueError: As `accumulate_over`.
+    NotImplementedError: As `accumulate_over`.
+  """
+  mesh = layout.mesh() if mesh is None else mesh
+  shapes = _Shapes.of(layout, model, capacity, options, mesh)
+  router = None
+  if model.cfg.moe is not None and has_router_losses(model.cfg):
+    wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+    size = (model.cfg.num_layers, model.cfg.moe.num_experts)
+    balance: Any = _shape(size, wide, mesh, NOWHERE)
+    z: Any = _shape((), wide, mesh, NOWHERE)
+    router = RouterWeights(balance, z)
+  totals = jax.eval_shape(
+    make_zeros(mesh, options, shapes.shards), shapes.model
+  )
+  totals = jax.tree.map(
+    lambda a, spec: _shape(a.shape, a.dtype, mesh, spec),
+    totals,
+    total_specs(options, shapes.shards),
+  )
+  return lane_program.trace(
+    shapes.model,
+    shapes.lane,
+    shapes.counts,
+    totals,
+    None,
+    router,
+    options=options,
+    mesh=mesh,
+    shards=shapes.shards,
+  )
+
+
+def trace_loss_over(
+  layout: Layout,
+  model: Transformer,
+  capacity: int,
+  options: Options,
+  *,
+  mesh: Mesh | None = None,
+) -> jax.stages.Traced:
+  """`trace_over` for the program of `loss_sum_over`."""
+  mesh = layout.mesh() if mesh is None else mesh
+  shapes = _Shapes.of(layout, model, capacity, options, mesh)
+  return loss_program.trace(
+    shapes.model,
+    shapes.lane,
+    shapes.counts,
+    options=options,
+    mesh=mesh,
+    shards=shapes.shards,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+  """What a program is given, as shapes on the devices of a mesh."""
+
+  shards: Shards
+  model: Transformer
+  lane: Lane
+  counts: jax.ShapeDtypeStruct
+
+  @classmethod
+  def of(
+    cls,
+    layout: Layout,
+    model: Transformer,
+    capacity: int,
+    options: Options,
+    mesh: Mesh,
+  ) -> "_Shapes":
+    check_layout(layout, model.cfg, options)
+    shards = Shards.of(model, layout)
+    if layout.gather == "step":
+      shards = shards.gathered()
+    leaves, treedef = jax.tree.flatten(model)
+    leaves = [
+      _shape(a.shape, a.dtype, mesh, shards.spec(n))
+      for n, a in enumerate(leaves)
+    ]
+    chunks = capacity_chunks(-(-int(capacity) // options.chunk_size))
+    groups = math.prod(mesh.shape[axis] for axis in GROUPS)
+    rows, by_group = lane_specs()
+    wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+    size = (groups, chunks * options.chunk_size)
+    fields: Any = {
+      field.name: _shape(
+        size, wide if field.name == "weights" else jnp.int32, mesh, rows
+      )
+      for field in dataclasses.fields(Lane)
+    }
+    return cls(
+      shards,
+      jax.tree.unflatten(treedef, leaves),
+      Lane(**fields),
+      _shape((groups,), jnp.int32, mesh, by_group),
+    )
+
+
+def _shape(
+  shape: Sequence[int], dtype: Any, mesh: Mesh, spec: PartitionSpec
+) -> jax.ShapeDtypeStruct:
+  sharding = NamedSharding(mesh, spec)
+  return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
   from jaxchunk.kernels.cross_entropy.api import (
     linear_cross_entropy as linear_cross_entropy,
   )
+  from jaxchunk.kernels.linear_attention.api import (
+    linear_attention as linear_attention,
+  )
   from jaxchunk.models.config import ModelConfig as ModelConfig
   from jaxchunk.models.transformer import Transformer as Transformer
 
@@ -38,6 +41,7 @@ _EXPORTS = {
   "chunk_plan": "jaxchunk.chunking.plan",
   "chunked_value_and_grad": "jaxchunk.chunking.gradient",
   "full_value_and_grad": "jaxchunk.chunking.reference",
+  "linear_attention": "jaxchunk.kernels.linear_attention.api",
   "linear_cross_entropy": "jaxchunk.kernels.cross_entropy.api",
   "load_hf": "jaxchunk.interop.hugging_face",
   "lower_chunked": "jaxchunk.chunking.gradient",

@@ -39,12 +39,18 @@ _PACKAGES = {
   "interop": "jaxchunk.interop",
   "sharding": "jaxchunk.sharding",
   "attention": "jaxchunk.kernels.attention",
+  "linear_attention": "jaxchunk.kernels.linear_attention",
   "paged_attention": "jaxchunk.kernels.paged_attention",
   "cross_entropy": "jaxchunk.kernels.cross_entropy",
 }
 # Removed when the interpreter ends.
 _COPY = tempfile.TemporaryDirectory(prefix="jaxchunk-docs-")
-_SINGLE = ("jaxchunk.types", "jaxchunk.targets", "jaxchunk.kernels.state")
+_SINGLE = (
+  "jaxchunk.types",
+  "jaxchunk.targets",
+  "jaxchunk.kernels.state",
+  "jaxchunk.kernels.state_linear",
+)
 
 
 @event_priority(100)

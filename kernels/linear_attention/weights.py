@@ -7,6 +7,7 @@ comes from before the tokens belongs to run 0.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -23,7 +24,9 @@ def number_runs(
     0 for tokens that go on with the segment before, then 1, 2, ... in order;
     -1 for padding.
   """
+  # Ids that are constants would be summed, slowly, while XLA compiles.
   ids = jnp.concatenate([before[:, None], segment_ids], axis=1)
+  ids = lax.optimization_barrier(ids)
   runs = jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1, dtype=jnp.int32)
   return jnp.where(segment_ids > 0, runs, -1)
 

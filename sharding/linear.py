@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from jaxchunk.kernels.linear_attention import xla
 from jaxchunk.kernels.linear_attention.weights import (
   number_runs,
+  scaled,
   without_starts,
 )
 from jaxchunk.kernels.vma import match_primal, vary_like
@@ -175,7 +176,7 @@ def _weighed(
 ) -> Float[Array, "B K H H"]:
   """The sum over the chosen devices."""
   weights = jnp.where(chosen[:, None, None], weights, 0)
-  return (weights[..., None, None] * matrices).sum(0)
+  return scaled(weights[..., None, None], matrices).sum(0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -143,7 +143,7 @@ def _by_token(
   values = known_values(log_decay)
   if values is not None and (worst := values.max()) > 0:
     raise ValueError(
-      f"log_decay must be at most 0, got {worst}; it is a logarithm: for a "
+      f"log_decay must be at most 0, got {worst:.4g}; it is a logarithm: for a "
       "decay of 0.9 give log(0.9)"
     )
   log_decay = jnp.asarray(log_decay, dtype)

@@ -79,8 +79,8 @@ class Weights(NamedTuple):
     if log_decay is None:
       return cls(same, same.astype(dtype), seen.astype(dtype))
     # A difference of sums would lose what is small beside them. Multiples of
-    # 2^-12 are summed without rounding (up to 2^12 in fp32), the rest is small.
-    coarse = jnp.round(log_decay * 4096) / 4096
+    # 2^-8 are summed without rounding (up to 2^16 in fp32), the rest is small.
+    coarse = jnp.round(log_decay * 256) / 256
     parts = [_sums(same, part) for part in (coarse, log_decay - coarse)]
     spans = [part[..., None] - part[:, :, None] for part in parts]
     # Masked before exp: a span that is not seen may be positive and large.
@@ -89,11 +89,26 @@ class Weights(NamedTuple):
     return cls(same, inside, reach)
 
   def log_decay_cotangent(
-    self, sums: Float[Array, "B K T"]
+    self, pairs: Float[Array, "B K T S"], taken: Float[Array, "B K T"]
   ) -> Float[Array, "B K T"]:
-    """From the cotangents of each token's sum since its run began."""
-    sums = jnp.where(self.same, sums[..., None], 0)
-    return sums.sum(-2)
+    """What is owed to the decays.
+
+    The decay at token r stands between all pairs s < r <= t; added up as such,
+    not as a difference of sums over rows and columns, which would cancel.
+
+    Args:
+      pairs: Cotangents of the logarithm of `inside`.
+      taken: Likewise of `before`.
+    """
+    size = pairs.shape[-1]
+    earlier = jnp.triu(jnp.ones((size, size), pairs.dtype), 1)
+    owed = jnp.einsum("BKTS,SR->BKTR", pairs, earlier) + taken[..., None]
+    return jnp.where(self.same, owed, 0).sum(2)
+
+
+def scaled(weight: Array, x: Array) -> Array:
+  """`weight * x`; 0 for no weight, whatever overflowed in x."""
+  return jnp.where(weight > 0, weight * x, 0)
 
 
 def _sums(

@@ -19,7 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxchunk.kernels.linear_attention.weights import Weights, tail_and_carry
+from jaxchunk.kernels.linear_attention.weights import (
+  Weights,
+  scaled,
+  tail_and_carry,
+)
 from jaxchunk.kernels.vma import vary_like
 
 
@@ -132,7 +136,7 @@ def memories_of(
     tail, carry = tail_and_carry(*chunks.decays_of(n), memory.dtype)
     k_n = chunks.cut(k, n).astype(memory.dtype) * tail[..., None]
     added = _product("BKSH,BKSE->BKHE", k_n, chunks.cut(v, n))
-    return carry[..., None, None] * memory + added, memory
+    return scaled(carry[..., None, None], memory) + added, memory
 
   memory = vary_like(memory, k, v, decays)
   end, memories = lax.scan(step, memory, jnp.arange(chunks.total))
@@ -172,7 +176,7 @@ def outputs(
     scores = scores * weights.inside[:, :, None]
     inside = _product("BKGTS,BKSE->BKGTE", scores.astype(v.dtype), v_n)
     past = _product("BKGTH,BKHE->BKGTE", q_n, memories[n])
-    past = past * weights.before[:, :, None, :, None]
+    past = scaled(weights.before[:, :, None, :, None], past)
     return chunks.put(o, (inside + past) * scale, n)
 
   o = vary_like(jnp.zeros(q.shape, dtype), q, k, v, decays, memories)
@@ -209,7 +213,8 @@ def cotangents_of(
     before = weights.before[:, :, None, :, None] * scale
     q_n = chunks.cut(q, n).astype(cotangent.dtype) * before
     added = _product("BKGTH,BKGTE->BKHE", q_n, chunks.cut(do, n))
-    return weights.carry[..., None, None] * cotangent + added, cotangent
+    kept = scaled(weights.carry[..., None, None], cotangent)
+    return kept + added, cotangent
 
   cotangent = vary_like(cotangent, q, do, decays)
   first, cotangents = lax.scan(
@@ -261,18 +266,18 @@ def gradients(
   def back_chunk(n: Any, so_far: Gradients) -> Gradients:
     weights = chunks.weights(n, memories.dtype)
     tokens = [chunks.cut(x, n) for x in (q, k, v, do)]
-    dq, dk, dv, sums = _chunk_gradient(
+    part, pairs, taken = _chunk_gradient(
       tokens, weights, memories[n], cotangents[n], scale
     )
     decay = so_far.dlog_decay
     if decay is not None:
-      part = weights.log_decay_cotangent(sums)
+      owed = weights.log_decay_cotangent(pairs, taken)
       at = n * chunks.size
-      decay = lax.dynamic_update_slice_in_dim(decay, part, at, 2)
+      decay = lax.dynamic_update_slice_in_dim(decay, owed, at, 2)
     return Gradients(
-      chunks.put(so_far.dq, dq, n),
-      chunks.put(so_far.dk, dk, n),
-      chunks.put(so_far.dv, dv, n),
+      chunks.put(so_far.dq, part.dq, n),
+      chunks.put(so_far.dk, part.dk, n),
+      chunks.put(so_far.dv, part.dv, n),
       decay,
     )
 
@@ -299,8 +304,8 @@ def _chunk_gradient(
   memory: Float[Array, "B K H H"],
   cotangent: Float[Array, "B K H H"],
   scale: float,
-) -> tuple[Array, Array, Array, Array]:
-  """Of one chunk: dq, dk, dv, and of each token's sum of log decays.
+) -> tuple[Gradients, Array, Array]:
+  """Of one chunk, and what `Weights.log_decay_cotangent` takes.
 
   Args:
     tokens: q, k, v and do.
@@ -315,22 +320,20 @@ def _chunk_gradient(
   p = _product("BKGTH,BKSH->BKGTS", q, k) * inside
   dp = _product("BKGTE,BKSE->BKGTS", do, v)
   ds = dp * inside
-  dq_past = _product("BKGTE,BKHE->BKGTH", do, memory) * (before * scale)
-  dk_tail = _product("BKSE,BKHE->BKSH", v, cotangent) * tail
-  dv_tail = _product("BKSH,BKHE->BKSE", k, cotangent) * tail
+  dq_past = _product("BKGTE,BKHE->BKGTH", do, memory)
+  dq_past = scaled(before, dq_past) * scale
+  dk_tail = scaled(tail, _product("BKSE,BKHE->BKSH", v, cotangent))
+  dv_tail = scaled(tail, _product("BKSH,BKHE->BKSE", k, cotangent))
   ds_low, p_low = ds.astype(q.dtype), p.astype(q.dtype)
   dq = _product("BKGTS,BKSH->BKGTH", ds_low, k) + dq_past
   dk = _product("BKGTS,BKGTH->BKSH", ds_low, q) + dk_tail
   dv = _product("BKGTS,BKGTE->BKSE", p_low, do) + dv_tail
-  # Each weight is exp of a difference of sums of log decays, so what is owed
-  # to the sum at a token is product by product what it takes less what it
-  # gives.
-  pairs = (p * dp).sum(2)
-  given = (k * dk_tail).sum(-1)
-  kept = weights.carry * (memory * cotangent).sum((-2, -1))
-  sums = pairs.sum(-1) - pairs.sum(-2) - given + (q * dq_past).sum((2, 4))
-  sums = sums.at[..., -1].add(given.sum(-1) + kept)
-  return dq, dk, dv, sums
+  # The cotangent of a weight's logarithm is that of the weight, times it. What
+  # is handed on decays like what reaches the last token.
+  pairs = (p * dp).sum(2).at[:, :, -1].add((k * dk_tail).sum(-1))
+  kept = scaled(weights.carry, (memory * cotangent).sum((-2, -1)))
+  taken = (q * dq_past).sum((2, 4)).at[..., -1].add(kept)
+  return Gradients(dq, dk, dv, None), pairs, taken
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:

@@ -387,9 +387,10 @@ def test_memory_grows_by_a_matrix_a_chunk():
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
   growth = (temporaries(8192) - temporaries(2048)) / (8192 - 2048)
-  # Memories and their cotangents, H*H*4 bytes for C tokens each; and less than
-  # as much for decays. A memory for each token would be C times the first.
-  assert growth <= 3 * K * H * H * 4 / C
+  # Memories and their cotangents, H*H*4 bytes for C tokens each; one array of
+  # tokens is as much here, and decays are far less than another. A memory for
+  # each token would be C times the first.
+  assert growth <= 4 * K * H * H * 4 / C
 
 
 def _arrays(**shapes):
@@ -426,7 +427,7 @@ def test_options_that_do_not_fit_are_named():
     linear_attention(q, k, v.astype("bfloat16"))
   with pytest.raises(ValueError, match=r"log_decay has shape \(4,\), not"):
     call(log_decay=jnp.zeros(4))
-  with pytest.raises(ValueError, match=r"at most 0, got 0.9\d*; .*give log"):
+  with pytest.raises(ValueError, match=r"at most 0, got 0\.9; .*give log"):
     call(log_decay=jnp.full(2, 0.9))
   with pytest.raises(ValueError, match=r"segment_ids has shape \(2, 7\)"):
     call(segment_ids=jnp.ones((2, 7), jnp.int32))

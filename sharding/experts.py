@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxchunk.kernels.vma import vary_like
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exchange:
@@ -113,7 +115,7 @@ def send_rows(
     device * room + jnp.arange(size) - offset,
     devices * room,
   )
-  return here, came_PE.sum(0), Ticket(home, jnp.argsort(order))
+  return here, came_PE.sum(0), Ticket(home, inverse_permutation(order))
 
 
 def return_rows(
@@ -137,6 +139,15 @@ def return_slots(
 ) -> Float[Array, "E C D"]:
   """The way back of `send_slots`."""
   return lax.all_to_all(y, axis, 1, 0, tiled=True)
+
+
+def inverse_permutation(order: Int[Array, " N"]) -> Int[Array, " N"]:
+  """Where each number is in a permutation; cheaper than to sort again."""
+  places = vary_like(jnp.zeros_like(order), order)
+  numbers = jnp.arange(order.shape[0], dtype=order.dtype)
+  return places.at[order].set(
+    vary_like(numbers, order), unique_indices=True, mode="promise_in_bounds"
+  )
 
 
 def _rows_at(a: Array, index: Array, *, unique: bool = False) -> Array:

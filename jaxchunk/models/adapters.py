@@ -128,12 +128,17 @@ def quantized_arrays(path: tuple[Any, ...], matrix: Quantized) -> Flat:
   }
 
 
+def _linears(model: Transformer) -> tuple[str, ...]:
+  """Of `LINEARS` those that there are: experts may be in place of the MLP."""
+  return LINEARS if model.cfg.mlp_width else LINEARS[:4]
+
+
 def matrices_of(model: Transformer) -> dict[tuple[Any, ...], Matrix]:
   """The stacked matrices of the layers by path, as they are held."""
   return {
     ("blocks", position, name, "kernel"): getattr(block, name).matrix
     for position, block in enumerate(model.blocks)
-    for name in LINEARS
+    for name in _linears(model)
   }
 
 
@@ -142,7 +147,7 @@ def adapters_of(model: Transformer) -> dict[tuple[Any, ...], Adapter]:
   return {
     ("blocks", position, name, "kernel"): adapter
     for position, block in enumerate(model.blocks)
-    for name in LINEARS
+    for name in _linears(model)
     if (adapter := getattr(block, name).adapter) is not None
   }
 

@@ -313,7 +313,7 @@ class _Copies(NamedTuple):
     counts = (expert[:, None] == jnp.arange(num_experts)[None]).sum(0)
     return cls(
       order,
-      jnp.argsort(order),
+      across_devices.inverse_permutation(order),
       expert[order],
       counts.astype(jnp.int32),
       chosen.shape[1],

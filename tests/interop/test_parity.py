@@ -63,7 +63,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
   assert gap <= _TOLERANCE * np.ptp(want)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi3 longrope"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3 longrope", "mixtral"])
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
   theirs = hf_models.random_model(name, seed=1)
   theirs.save_pretrained(tmp_path)

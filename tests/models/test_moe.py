@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxchunk.models.adapters import add_lora, merge_lora
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.lora import LoRA
 from jaxchunk.models.moe import Experts, MoE, RouterSums, router_loss
@@ -266,8 +267,9 @@ def test_what_does_not_go_with_experts_is_named(fields, message):
 @pytest.mark.fast
 def test_adapters_go_beside_attention(x64):
   lora = LoRA(targets=("q", "o"), rank=2)
-  cfg = make_block(moe=_MOE, lora=lora).cfg
-  model = nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+  plain = Transformer(make_block(moe=_MOE).cfg, rngs=nnx.Rngs(0))
+  model = add_lora(plain, lora)
   assert not hasattr(model.blocks[0], "gate")
   shapes = {w.shape for w in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))}
   assert shapes == {(1, _D, 2), (1, 2, _D)}
+  assert_close(merge_lora(model), plain, 0)

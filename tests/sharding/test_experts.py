@@ -53,9 +53,13 @@ def run(experts, h, valid, across=None):
 
 def row_by_row(experts, h, valid):
   """On one device, with the capacity of each device's tokens."""
-  parts = [run(experts, h[n : n + 1], valid[n : n + 1]) for n in range(len(h))]
-  ys, said = zip(*parts, strict=True)
-  return jnp.concatenate(ys), jax.tree.map(lambda *a: sum(a), *said)
+
+  def row(args):
+    y, said = run(experts, args[0][None], args[1][None])
+    return y[0], said
+
+  y, said = jax.lax.map(row, (h, valid))
+  return y, jax.tree.map(lambda a: a.sum(0), said)
 
 
 def on_devices(mesh, across, experts, h, valid):

@@ -11,6 +11,7 @@ from jaxchunk.chunking.executor import (
   accumulate,
   counts_program,
   lane_program,
+  loss_sum,
   make_options,
   warm_up,
 )
@@ -25,6 +26,7 @@ BOTH = dataclasses.replace(MOE, z_loss=0.3, shared_d_ff=8)
 # In chunks of 16, a lane of three and one of packed sequences.
 LENGTHS = ((40, 9), (20,))
 CFG = dataclasses.replace(PLAIN, window_pattern=(9, None), moe=BOTH)
+SMALL = dataclasses.replace(PLAIN, num_layers=1, moe=BOTH)
 # (chunk size, live chunks, strategy, keep)
 CUTS = [
   (16, 1, "chunk_outer", "inputs"),
@@ -81,31 +83,28 @@ def test_any_packing_has_the_same_losses(x64, truth):
   check(got, truth)
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("strategy", ["chunk_outer", "layer_outer"])
-def test_a_z_loss_alone_needs_one_phase(strategy):
+def test_a_z_loss_alone_needs_one_phase():
   moe = dataclasses.replace(BOTH, balance_loss=0.0)
-  model = build(dataclasses.replace(CFG, moe=moe), "float32")
+  model = build(dataclasses.replace(SMALL, moe=moe), "float32")
+  batch = make_batch(((20,),))
   counted = counts_program._cache_size()
-  got = jc.chunked_value_and_grad(
-    model, make_batch(LENGTHS), chunk_size=32, strategy=strategy
-  )
+  got = jc.chunked_value_and_grad(model, batch, chunk_size=32)
   assert counts_program._cache_size() == counted
-  want = jc.full_value_and_grad(model, make_batch(LENGTHS))
+  want = jc.full_value_and_grad(model, batch)
   assert abs(got[0] - want[0]) <= 1e-6 * want[0]
   assert worst(got[1], want[1]) <= 1e-5
-  plain = dataclasses.replace(moe, z_loss=0.0)
-  plain = build(dataclasses.replace(CFG, moe=plain), "float32")
-  assert jc.full_value_and_grad(plain, make_batch(LENGTHS))[0] < want[0]
+  # There is something to see: the other part of the loss is less.
+  examples = Batch.of(batch).examples()
+  nll = loss_sum(model, examples, chunk_size=32)
+  assert nll / sum(e.weights.sum() for e in examples) < 0.99 * got[0]
 
 
-@pytest.mark.fast
 def test_warming_up_compiles_both_phases():
-  model = build(dataclasses.replace(CFG, num_layers=2), "float32")
+  model = build(SMALL, "float32")
   options = make_options(model, chunk_size=32)
-  warm_up(model, 40, options)
+  warm_up(model, 20, options)
   programs = counts_program._cache_size(), lane_program._cache_size()
-  accumulate(model, Batch.of(make_batch(LENGTHS)).examples(), options)
+  accumulate(model, Batch.of(make_batch(((20,),))).examples(), options)
   assert programs == (
     counts_program._cache_size(),
     lane_program._cache_size(),
@@ -130,6 +129,6 @@ def test_what_does_not_go_with_losses_of_routers_is_named():
 
 @pytest.mark.fast
 def test_the_program_of_a_lane_can_be_lowered():
-  model = build(dataclasses.replace(CFG, num_layers=2), "float32")
+  model = build(SMALL, "float32")
   lowered = jc.lower_chunked(model, capacity=64, chunk_size=32)
   assert "func.func public @main" in lowered.as_text()

@@ -130,7 +130,9 @@ class Watchdog:
   def __enter__(self) -> Self:
     if distributed.count() > 1:
       if distributed.leads():
-        self._line = socket.create_server(("", 0))
+        # Without one the heartbeats are left.
+        with contextlib.suppress(OSError):
+          self._line = socket.create_server((distributed.leader_host(), 0))
       for thread in self._threads:
         thread.start()
     return self
@@ -181,8 +183,7 @@ class Watchdog:
     """Tells that this process lives."""
     key, beats = f"{self._beats}/{distributed.index()}", 0
     place = distributed.here()
-    if self._line is not None:
-      place["port"] = self._line.getsockname()[1]
+    place["port"] = self._line and self._line.getsockname()[1]
     while not self._stop.wait(self._interval if beats else 0):
       beats += 1
       values = {"step": self._step, "ended": self._ended, "beats": beats}
@@ -197,10 +198,6 @@ class Watchdog:
     store, verdict = distributed.client(), None
     while verdict is None and not self._stop.is_set():
       try:
-        first = json.loads(
-          store.blocking_key_value_get(f"{self._beats}/0", _MS)
-        )
-        self._leader = distributed.describe(0, first)
         verdict = store.blocking_key_value_get(self._verdict, _MS)
       except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
@@ -215,28 +212,32 @@ class Watchdog:
     jax, too, ends this process then: at once, in the thread that would tell
     `_listen`, and with a message that names nobody.
     """
-    if self._line is not None:
-      lines = []
-      # Until it is shut down.
-      with contextlib.suppress(OSError):
-        while True:
-          lines.append(self._line.accept())
-      for line, _ in lines:
-        line.close()
+    if distributed.leads():
+      self._answer()
       return
-    with contextlib.suppress(jax.errors.JaxRuntimeError, OSError):
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
       text = distributed.client().blocking_key_value_get(
         f"{self._beats}/0", _MS
       )
       first = json.loads(text)
       self._leader = distributed.describe(0, first)
       address = (distributed.leader_host(), first["port"])
-      with socket.create_connection(address, timeout=10) as line:
-        line.settimeout(None)
-        with contextlib.suppress(ConnectionError):
-          line.recv(1)
-      if not self._ended:
+      held = 0
+      while first["port"] and _held(address):
+        held += 1
+      # A line that never was, as through a firewall, says nothing.
+      if held and not self._ended:
         self._obey(f"{self._leader} died")
+
+  def _answer(self) -> None:
+    """Takes the calls of the others, and holds the lines until the end."""
+    lines = []
+    # Until it is shut down.
+    with contextlib.suppress(OSError):
+      while self._line is not None:
+        lines.append(self._line.accept()[0])
+    for line in lines:
+      line.close()
 
   def _hang_up(self) -> None:
     """Ends `_hold` of process 0, and so those of the others."""
@@ -280,6 +281,18 @@ class Watchdog:
     distributed.leave(
       f"{verdict}. Process {distributed.index()} ends because of it; {_RESUME}"
     )
+
+
+def _held(address: tuple[str, int]) -> bool:
+  """Whether a line to an address came about; returns when it is cut."""
+  try:
+    with socket.create_connection(address, timeout=10) as line:
+      line.settimeout(None)
+      with contextlib.suppress(ConnectionError):
+        line.recv(1)
+  except OSError:
+    return False
+  return True
 
 
 def _is_consequence(error: BaseException | None) -> bool:

@@ -28,7 +28,7 @@ SAME = ("--config.layout.data=2", "--config.layout.context=2")
 
 # Runs the script with a number of devices, and does something to itself when
 # it is about to dispatch a step.
-PROGRAM = """
+PROLOGUE = """
 import atexit, os, runpy, signal, sys, time
 log = os.open(log, os.O_WRONLY | os.O_CREAT)
 os.dup2(log, 1), os.dup2(log, 2)
@@ -36,10 +36,12 @@ flags = os.environ["XLA_FLAGS"]
 count = "--xla_force_host_platform_device_count="
 os.environ["XLA_FLAGS"] = flags.replace(count + "8", count + str(devices))
 import jax
-from jaxchunk.training import loop, report
 jax.config.update("jax_compilation_cache_dir", programs)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+"""
+PROGRAM = """
+from jaxchunk.training import loop, report
 report.draw = lambda workdir: None
 def act(profiler, number):
   if number == step:
@@ -55,6 +57,38 @@ try:
 finally:
   # The server's children would not.
   atexit._run_exitfuncs()
+"""
+
+# Saves an array of which each process holds a half.
+SAVES = """
+import numpy as np
+from jaxchunk.training import checkpoint, config, distributed
+from jaxchunk.training.saver import Saver
+values = dict(text[2:].split("=", 1) for text in arguments[1:])
+chosen = runpy.run_path(values["config"])["get_config"]()
+distributed.initialize(
+  values["workdir"],
+  chosen,
+  coordinator_address=values["coordinator_address"],
+  num_processes=int(values["num_processes"]),
+  process_id=int(values["process_id"]),
+)
+mesh = jax.make_mesh((4,), ("x",), (jax.sharding.AxisType.Auto,))
+whole = np.arange(64, dtype=np.float32).reshape(8, 8)
+tree = {"x": jax.make_array_from_callback(
+  whole.shape, jax.NamedSharding(mesh, jax.P("x")), whole.__getitem__
+)}
+assert not tree["x"].is_fully_addressable
+meta = {"config": config.to_json(chosen)}
+folder = distributed.Path(values["workdir"])
+with (
+  checkpoint.open_manager(folder, chosen.checkpoint) as manager,
+  Saver(manager) as saver,
+):
+  saver.begin(1, params=tree, optimizer=tree, meta=meta)
+  saver.commit()
+  saver.wait()
+atexit._run_exitfuncs()
 """
 
 
@@ -88,8 +122,6 @@ class Runner:
     self.folder, self.config_file = folder, config_file
     self.context = multiprocessing.get_context("forkserver")
     self.context.set_forkserver_preload(["jaxchunk.training.loop"])
-    self.program = folder / "program.py"
-    self.program.write_text(PROGRAM)
     self.processes = []
 
   def start(
@@ -103,6 +135,7 @@ class Runner:
     told=None,
     first=0,
     port=None,
+    program=PROGRAM,
   ):
     """Starts processes.
 
@@ -115,7 +148,10 @@ class Runner:
       told: How many they are told that there are.
       first: Number of the first.
       port: Of process 0.
+      program: What they run.
     """
+    path = self.folder / f"{workdir.name}.py"
+    path.write_text(PROLOGUE + program)
     port, processes = port or free_port(), []
     for number in range(first, first + count):
       arguments = [
@@ -141,7 +177,7 @@ class Runner:
       }
       process = self.context.Process(
         target=runpy.run_path,
-        args=(str(self.program),),
+        args=(str(path),),
         kwargs={"init_globals": names},
       )
       process.start()
@@ -152,7 +188,7 @@ class Runner:
   def log(self, workdir, number):
     return self.folder / f"{workdir.name}-{time.time_ns()}-{number}.log"
 
-  def finish(self, workdir, processes, seconds=60):
+  def finish(self, workdir, processes, seconds=150):
     """Waits; those that are stopped are killed when the others have ended."""
     began = time.monotonic()
     while time.monotonic() < began + seconds:
@@ -333,6 +369,28 @@ def test_hangs_and_absences_end_in_the_name_of_a_process(runner, whole):
     r"process 0: of 2 processes \[1\] did not come within 3 s",
     ended["absent"].logs[0],
   )
+
+
+def test_each_process_saves_what_it_holds(runner, make_config):
+  workdir = runner.folder / "saves"
+  processes = runner.start(workdir, 2, 2, [], program=SAVES)
+  outcome = runner.finish(workdir, processes)
+  assert outcome.codes == [0, 0], outcome.logs
+  files = workdir / checkpoint.DIRECTORY / "1" / "params"
+  writers = sorted(path.name for path in files.glob("ocdbt.process_*"))
+  assert writers == ["ocdbt.process_0", "ocdbt.process_1"]
+  # Here, in one process, along the other axis and on twice the devices.
+  mesh = jax.make_mesh((8,), ("y",), (jax.sharding.AxisType.Auto,))
+  split = jax.NamedSharding(mesh, jax.P(None, "y"))
+  target = {"x": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=split)}
+  config = make_config()
+  with checkpoint.open_manager(workdir, config.checkpoint) as manager:
+    restored = checkpoint.restore(
+      manager, config, params=target, optimizer=target
+    )
+  expected = np.arange(64, dtype=np.float32).reshape(8, 8)
+  np.testing.assert_array_equal(restored.params["x"], expected)
+  assert restored.params["x"].sharding == split
 
 
 def test_processes_that_differ_are_named(runner, whole):

@@ -72,7 +72,7 @@ def config_file(config, tmp_path) -> Path:
     "from jaxchunk.models.config import ModelConfig",
     "from jaxchunk.models.rope import Rope",
     "from jaxchunk.training.config import (",
-    "  CheckpointConfig, Config, LayoutConfig, TrainConfig)",
+    "  CheckpointConfig, Config, LayoutConfig, ProcessesConfig, TrainConfig)",
     "def get_config():",
     f"  return Config({sections})",
   ]

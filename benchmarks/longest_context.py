@@ -123,10 +123,10 @@ class Compiler:
 
   def lane(self, row: Row, capacity: int) -> fits.Need:
     """Of a lane; the program is the same wherever the moments are."""
-    config, target = row.config, targets.target(row.target)
-    own, _ = fits.optimizer_bytes(config, target)
+    config = row.config
+    own, _ = fits.optimizer_bytes(config)
     config.train.optimizer_memory = "device"
-    other, _ = fits.optimizer_bytes(config, target)
+    other, _ = fits.optimizer_bytes(config)
     training = row.training.partition(",")[0]
     same = dataclasses.replace(row, training=training)
     need = self._need(
@@ -168,8 +168,8 @@ def measure(row: Row, compiler: Compiler) -> dict[str, Any]:
   """The longest context of a row, and the figures behind it."""
   config, target = row.config, targets.target(row.target)
   limit = fits.limit(target)
-  kept = fits.kept_bytes(config, target)
-  own, moved = fits.optimizer_bytes(config, target)
+  kept = fits.kept_bytes(config)
+  own, moved = fits.optimizer_bytes(config)
   state = kept["parameters"] + kept["gradients"] + own
   line: dict[str, Any] = {"row": str(row), "state_gib": state / _GIB}
   if state > limit:

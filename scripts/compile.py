@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
   except (ConfigError, ValueError, RuntimeError) as error:
     sys.exit(f"compile.py: {error}")
   limit, worst = fits.limit(target), 0
-  for name, size in fits.kept_bytes(config, target).items():
+  for name, size in fits.kept_bytes(config).items():
     print(f"{name:24} {size / _GIB:8.2f} GiB")
   print(f"{'while there runs':24} {'device':>8}     {'host':>8}")
   for need in fits.needs(config, target, longest):

@@ -184,7 +184,8 @@ class Layout:
         fits = [n for n in range(parts, 0, -1) if size % n == 0]
         raise ValueError(
           f"{name} has {size} along {logical!r}, which {' x '.join(names)} = "
-          f"{parts} does not divide; the nearest that does is {fits[0]}"
+          f"{parts} does not divide; the nearest that does is {fits[0]}, and "
+          f"Rules({{{logical!r}: None}}) leaves it whole"
         )
     return PartitionSpec(*entries)
 

@@ -1,4 +1,4 @@
-"""Layouts drawn: which device has which lanes, tokens and heads."""
+"""Layouts drawn: which place in a mesh has which lanes, tokens and heads."""
 
 import math
 from pathlib import Path
@@ -19,9 +19,10 @@ _LEGIBLE = 32
 def draw_layout(layout: Layout, path: str | Path | None = None) -> Figure:
   """A grid of devices: lanes downwards, parts of a lane to the right.
 
-  Devices of one color share the parameters by gathering them; each row has
-  lanes of its own, the darker a device the later its part of the tokens, and
-  its lower label says which of the heads are its own.
+  Numbers are places in the mesh, in its order. Devices of one color share the
+  parameters by gathering them; each row has lanes of its own, the darker a
+  device the later its part of the tokens, and its lower label says which of the
+  heads are its own.
 
   Args:
     layout: The layout.
@@ -66,10 +67,9 @@ def draw_layout(layout: Layout, path: str | Path | None = None) -> Figure:
       axes.text(
         column + 0.5, row + 0.5, label, ha="center", va="center", size=7
       )
-  if layout.slices > 1:
+  if layout.slices_over == _outermost(layout):
     for n in range(1, layout.slices):
-      if layout.slices_over == _outermost(layout):
-        axes.axhline(n * rows / layout.slices, color="black", linewidth=2)
+      axes.axhline(n * rows / layout.slices, color="black", linewidth=2)
   if legible:
     axes.set_xticks([n + 0.5 for n in range(columns)])
     axes.set_xticklabels([_tick(layout, n, _COLUMNS) for n in range(columns)])

@@ -122,6 +122,11 @@ def chunked_value_and_grad(
   )
   if loss is not None:
     check_no_router_losses(model.cfg, "loss=...")
+    if layout is not None:
+      raise NotImplementedError(
+        "loss=... with a layout: its first pass runs on one device; leave the "
+        "layout out"
+      )
     if rng is not None and model.cfg.dropout:
       raise ValueError(
         "a sequence loss with dropout is not supported: the first of its two "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from jaxchunk.chunking.executor import Options
 from jaxchunk.chunking.memory import Strategy
@@ -9,6 +10,7 @@ from jaxchunk.chunking.shards import Shards
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.rules import LOGICAL
 
 
 def check_layout(
@@ -23,7 +25,7 @@ def check_layout(
       options.
   """
   if layout.stage > 1:
-    near = dataclasses.replace(layout, stage=1, data=layout.data * layout.stage)
+    near = _changed(layout, stage=1, data=layout.data * layout.stage)
     raise NotImplementedError(
       f"layout.stage={layout.stage}: chunks do not run over it so far; the "
       f"nearest layout is {near}"
@@ -34,12 +36,19 @@ def check_layout(
       f"chunk_size={size} cannot be dealt out to layout.context={devices} "
       f"devices; take {-(-size // devices) * devices}"
     )
+  check_rules(layout)
   check_heads(layout, cfg)
   check_experts(layout, cfg)
   if isinstance(options.strategy, SpaCO):
-    raise NotImplementedError(f"{options.strategy} with a layout")
+    raise NotImplementedError(
+      f"{options.strategy} runs on one device; leave the layout out, or take "
+      "strategy='chunk_outer'"
+    )
   if options.kv_memory == "host":
-    raise NotImplementedError("kv_memory='host' with a layout")
+    raise NotImplementedError(
+      "kv_memory='host' runs on one device; leave the layout out, or share "
+      "sequences by 'context'"
+    )
   return options.strategy
 
 
@@ -53,9 +62,8 @@ def check_heads(layout: Layout, cfg: ModelConfig) -> None:
   heads, parts = cfg.kv_heads, layout.tensor
   if heads % parts:
     fits = math.gcd(heads, parts)
-    near = dataclasses.replace(
-      layout, tensor=fits, context=layout.context * parts // fits
-    )
+    context = layout.context * parts // fits
+    near = _changed(layout, tensor=fits, context=context)
     raise ValueError(
       f"layout.tensor={parts} does not divide num_kv_heads={heads}; the "
       f"nearest layout is {near}"
@@ -76,9 +84,8 @@ def check_experts(layout: Layout, cfg: ModelConfig) -> None:
   experts = 1 if cfg.moe is None else cfg.moe.num_experts
   fits = math.gcd(experts, layout.expert)
   if fits < layout.expert:
-    near = dataclasses.replace(
-      layout, expert=fits, data=layout.data * layout.expert // fits
-    )
+    data = layout.data * layout.expert // fits
+    near = _changed(layout, expert=fits, data=data)
     has = "a model without experts" if cfg.moe is None else f"{experts} experts"
     raise ValueError(
       f"layout.expert={layout.expert} cannot split {has}; the nearest layout "
@@ -93,10 +100,50 @@ def check_hybrid(layout: Layout, shards: Shards) -> None:
     ValueError: Parameters are split over them; names the nearest layout.
   """
   if shards.lockstep or layout.fsdp * layout.expert > 1:
-    near = dataclasses.replace(
-      layout, data=layout.data * layout.fsdp * layout.expert, fsdp=1, expert=1
-    )
+    data = layout.data * layout.fsdp * layout.expert
+    near = _changed(layout, data=data, fsdp=1, expert=1)
     raise ValueError(
       f"hybrid groups need whole parameters on every device, and {layout} "
-      f"splits them; the nearest layout is {near}"
+      f"splits them; the nearest layout is {near}, with the rules as they are "
+      "by default"
+    )
+
+
+def _changed(layout: Layout, **sizes: Any) -> Layout:
+  """With other sizes, in one slice."""
+  return dataclasses.replace(layout, **sizes, slices=1, slices_over="data")
+
+
+def check_rules(layout: Layout) -> None:
+  """Whether the executor knows what the rules of a layout split.
+
+  Lanes, tokens and layers are split as by default, and what "tensor" and
+  "expert" split is what can be used in parts; the width ("embed") may be split
+  over whatever lanes and tokens are.
+
+  Raises:
+    ValueError: It does not; names the rule and what it may be.
+  """
+  rules = layout.rules
+  allowed = {
+    name: {LOGICAL[name]} for name in ("layers", "lane", "sequence", "rank")
+  }
+  allowed |= {
+    "vocab": {("tensor",), ()},
+    "heads": {("tensor",)},
+    "kv_heads": {("tensor",)},
+    "mlp": {("tensor",), ()},
+    "experts": {("expert",)},
+  }
+  for name, choices in allowed.items():
+    if rules[name] not in choices:
+      known = [axes[0] if axes else None for axes in sorted(choices)]
+      raise ValueError(
+        f"rule {name!r} is {rules[name]}, and chunks run with {known}; leave "
+        "it out"
+      )
+  if not set(rules["embed"]) <= {"data", "fsdp", "context"}:
+    raise ValueError(
+      f"rule 'embed' is {rules['embed']}, and chunks run with some of 'data', "
+      "'fsdp' and 'context'"
     )

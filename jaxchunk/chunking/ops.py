@@ -122,6 +122,8 @@ class Stage:
     dx: Float[Array, "B C D"],
   ) -> list[Array]:
     """Adds the gradient of `embed`."""
+    if not self.trainable.chosen[self.trainable.embed_leaf]:
+      return grads
     rows, dx = self.shards.embedding_rows(
       model, self.trainable, chunk.tokens, dx
     )

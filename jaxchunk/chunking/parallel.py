@@ -168,7 +168,7 @@ def accumulate_over(
   router = None
   if has_router_losses(model.cfg):
     tokens = sum(plan.lengths)
-    router = _router_weights(ready, placed, tokens, weight, static)
+    router = _router_weights(ready, placed, tokens, weight, static, mesh)
   totals = zero_totals(mesh, options, ready.shards)(ready.model)
   places = jax.tree.map(lambda a: a.sharding, totals)
   for turn_ in placed:
@@ -340,7 +340,7 @@ def warm_up_over(
     turn_ = _Placed.of(model, turn, lanes, size, mesh, capacity)
     router = None
     if has_router_losses(model.cfg):
-      router = _router_weights(ready, [turn_], 1, 1.0, static)
+      router = _router_weights(ready, [turn_, turn_], 1, 1.0, static, mesh)
     totals = lane_program(
       ready.model,
       turn_.lane,
@@ -396,12 +396,17 @@ def _router_weights(
   tokens: int,
   weight: float,
   static: Any,
+  mesh: Mesh,
 ) -> RouterWeights:
   """See `executor.accumulate`: what routers' sums count for."""
   cfg = ready.model.cfg
   moe = cfg.moe
   assert moe is not None
-  counts: Any = None
+  everywhere = NamedSharding(mesh, NOWHERE)
+  wide = np.dtype(jnp.promote_types(cfg.dtype, jnp.float32))
+  numbers = [put(np.asarray(n, wide), everywhere) for n in (tokens, weight)]
+  shape = (cfg.num_layers, moe.num_experts)
+  counts = put(np.zeros(shape, np.int32), everywhere)
   if moe.balance_loss:
     for turn in placed:
       part = counts_program(
@@ -412,13 +417,7 @@ def _router_weights(
         mesh=turn.mesh,
         **static,
       )
-      counts = part if counts is None else _sum(counts, part)
-  everywhere = NamedSharding(placed[0].mesh, NOWHERE)
-  wide = np.dtype(jnp.promote_types(cfg.dtype, jnp.float32))
-  numbers = [put(np.asarray(n, wide), everywhere) for n in (tokens, weight)]
-  if counts is None:
-    shape = (cfg.num_layers, moe.num_experts)
-    counts = put(np.zeros(shape, np.int32), everywhere)
+      counts = _sum(counts, jax.device_put(part, everywhere))
   return executor.router_weights(moe, counts, *numbers)
 
 

@@ -130,10 +130,17 @@ class Shards:
     block = layer_of(model.blocks[position], index)
     if not self.gathers:
       return block
-    leaves, treedef = jax.tree.flatten(block)
+    named, treedef = jax.tree_util.tree_flatten_with_path(block)
+    leaves = [leaf for _, leaf in named]
     start = sum(len(jax.tree.leaves(b)) for b in model.blocks[:position])
     specs = self.specs[start : start + len(leaves)]
-    whole = [gather(a, _inner(s)) for a, s in zip(leaves, specs, strict=True)]
+    lora = model.cfg.lora
+    # As products cast them; DoRA's norms and routers are of what is kept.
+    narrow = None if lora is not None and lora.dora else model.cfg.dtype
+    whole = [
+      gather(a if _is_router(path) else _cast(a, narrow), _inner(spec))
+      for (path, a), spec in zip(named, specs, strict=True)
+    ]
     return jax.tree.unflatten(treedef, whole)
 
   def scatter_layer(
@@ -152,7 +159,8 @@ class Shards:
       return model
     leaves, treedef = jax.tree.flatten(model)
     place = trainable.unembed_leaf
-    leaves[place] = gather(leaves[place], self.specs[place])
+    head = leaves[place].astype(model.cfg.dtype)
+    leaves[place] = gather(head, self.specs[place])
     return jax.tree.unflatten(treedef, leaves)
 
   def scatter_head(self, trainable: Trainable, gradient: Array) -> Array:
@@ -172,7 +180,7 @@ class Shards:
       return model.embed_tokens(tokens)
     if width:
       tokens = lax.all_gather(tokens, width)
-    rows = _rows(model.embed[...], tokens, vocab)
+    rows = _rows(model.embed[...], tokens, vocab).astype(model.cfg.dtype)
     if width:
       rows = lax.all_to_all(rows, width, 0, 2)
       rows = rows.reshape(*rows.shape[:2], -1)
@@ -211,6 +219,19 @@ class Shards:
       return (), ()
     vocab, width = self.specs[trainable.embed_leaf]
     return axis_names(vocab), axis_names(width)
+
+
+def _is_router(path: tuple[Any, ...]) -> bool:
+  return "router" in jax.tree_util.keystr(path)
+
+
+def _cast(a: Array, dtype: Any) -> Array:
+  """A matrix narrower, if it is to be; vectors and narrower ones stay."""
+  if (
+    dtype is None or a.ndim < 2 or a.dtype.itemsize < jnp.dtype(dtype).itemsize
+  ):
+    return a
+  return a.astype(dtype)
 
 
 def gather(a: Array, spec: PartitionSpec) -> Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxchunk.chunking.executor import loss_program, make_options
 from jaxchunk.chunking.gradient import abstract_lane, lower_chunked
@@ -60,28 +60,27 @@ def limit(target: Target) -> int:
   return int((1 - RESERVE) * target.memory)
 
 
-def kept_bytes(config: Config, target: Target) -> dict[str, int]:
+def kept_bytes(config: Config) -> dict[str, int]:
   """Bytes of a device by what a run keeps, wherever that is.
 
   Args:
     config: The run.
-    target: What it is for.
 
   Returns:
     Bytes of `"parameters"` (trained and frozen), `"gradients"` and
     `"optimizer"`.
   """
-  params, frozen = _parameters(config, target)
+  params, frozen = _parameters(config)
   return {
     "parameters": _bytes((params, frozen)),
     "gradients": _bytes(_gradients(params)),
-    "optimizer": _bytes(_state(config, target)),
+    "optimizer": _bytes(_state(config)),
   }
 
 
-def optimizer_bytes(config: Config, target: Target) -> tuple[int, int]:
+def optimizer_bytes(config: Config) -> tuple[int, int]:
   """Bytes of the optimizer's state on a device, and for it on the host."""
-  state = _state(config, target)
+  state = _state(config)
   total = _bytes(state)
   if config.train.optimizer_memory == "device":
     return total, 0
@@ -146,7 +145,8 @@ def lane_need(config: Config, target: Target, capacity: int) -> Need:
       mesh=mesh,
     )
   program = f"lane of {capacity:,} tokens"
-  return _need(program, lowered, *optimizer_bytes(config, target))
+  device, host = optimizer_bytes(config)
+  return _need(program, lowered, device + _stored_beside(config), host)
 
 
 def evaluation_need(config: Config, target: Target, capacity: int) -> Need:
@@ -170,7 +170,16 @@ def evaluation_need(config: Config, target: Target, capacity: int) -> Need:
       total = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
       lowered = loss_program.lower(model, lane, number, total, options=options)
   program = f"evaluation of {capacity:,} tokens"
-  return _need(program, lowered, *optimizer_bytes(config, target))
+  device, host = optimizer_bytes(config)
+  return _need(program, lowered, device + _stored_beside(config), host)
+
+
+def _stored_beside(config: Config) -> int:
+  """Bytes of parameters in parts while programs have them whole."""
+  layout = config.layout.layout()
+  if layout is None or layout.gather == "layer":
+    return 0
+  return kept_bytes(config)["parameters"]
 
 
 def update_need(config: Config, target: Target) -> Need:
@@ -263,13 +272,20 @@ def _mesh(config: Config, target: Target) -> Mesh:
   return layout.mesh(target.devices)
 
 
-def _places(config: Config, target: Target) -> Places:
+def _places(config: Config, target: Target | None = None) -> Places:
+  """Where a run's arrays are; without a target only how they are split."""
   model: Transformer = nnx.merge(*initial.abstract_model(config.model))
   layout = config.layout.layout() or Layout()
-  return places_of(model, layout, _mesh(config, target))
+  if target is not None:
+    return places_of(model, layout, _mesh(config, target))
+  shape = layout.shape
+  mesh = AbstractMesh(tuple(shape.values()), tuple(shape))
+  return places_of(model, layout, mesh)
 
 
-def _parameters(config: Config, target: Target) -> tuple[Shapes, Shapes]:
+def _parameters(
+  config: Config, target: Target | None = None
+) -> tuple[Shapes, Shapes]:
   """What is trained and what is frozen."""
   places = _places(config, target)
   _, *states = initial.abstract_model(config.model)
@@ -298,7 +314,7 @@ def _gradients(params: Shapes) -> Shapes:
   )
 
 
-def _state(config: Config, target: Target) -> Shapes:
+def _state(config: Config, target: Target | None = None) -> Shapes:
   """The optimizer's state."""
   places = _places(config, target)
   params, _ = _parameters(config, target)

@@ -51,11 +51,14 @@ def parameters(
     cfg: The model.
     init_from: As `train.init_from`.
     seed: Of what is drawn.
-    shardings: Where what is read goes at once, as in `load_hf`.
+    shardings: Where what is read, or drawn, goes at once, as in `load_hf`.
 
   Raises:
     ConfigError: The folder cannot be read, or holds another model.
   """
+  if init_from is None and cfg.lora is not None:
+    # The same bits again under every layout: a base is not saved.
+    shardings = None
   model = _base(cfg, init_from, seed, shardings)
   if cfg.lora is not None:
     model = add_lora(model, cfg.lora, seed=seed)
@@ -76,8 +79,34 @@ def frozen_parameters(
   """
   if cfg.lora is None:
     return {}
+  if init_from is None:
+    shardings = None
   base = _base(cfg, init_from, seed, shardings)
   return nnx.to_pure_dict(nnx.state(base))
+
+
+def _drawn(
+  cfg: ModelConfig, seed: int, shardings: Shardings | None
+) -> Transformer:
+  """A new model; on many devices none of them holds it whole."""
+
+  def draw() -> Transformer:
+    return Transformer(cfg, rngs=nnx.Rngs(seed))
+
+  if shardings is None:
+    return draw()
+  shapes = jax.eval_shape(draw)
+  paths = nnx.to_flat_state(nnx.state(shapes)).paths
+  leaves, treedef = jax.tree.flatten(shapes)
+  places = [
+    shardings("/".join(map(str, path)), leaf.shape)
+    for path, leaf in zip(paths, leaves, strict=True)
+  ]
+  if all(len(place.device_set) == 1 for place in places):
+    return draw()
+  wanted = jax.tree.unflatten(treedef, places)
+  drawn: Transformer = jax.jit(draw, out_shardings=wanted)()
+  return drawn
 
 
 def _base(
@@ -89,7 +118,7 @@ def _base(
   """The model without adapters."""
   cfg = dataclasses.replace(cfg, lora=None).frozen()
   if init_from is None:
-    return Transformer(cfg, rngs=nnx.Rngs(seed))
+    return _drawn(cfg, seed, shardings)
   try:
     model = load_hf(
       init_from,

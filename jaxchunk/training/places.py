@@ -5,7 +5,13 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import (
+  AbstractMesh,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  Sharding,
+)
 
 from jaxchunk.chunking.shards import Shards
 from jaxchunk.models.transformer import Transformer
@@ -45,7 +51,7 @@ class Places:
 
 
 def places_of(
-  model: Transformer, layout: Layout | None, mesh: Mesh | None
+  model: Transformer, layout: Layout | None, mesh: Mesh | AbstractMesh | None
 ) -> Places:
   """Where the parameters of a model are.
 

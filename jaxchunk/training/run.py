@@ -236,7 +236,8 @@ def _put(tree: Any, places: Any) -> Any:
 
   def put(x: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
     if not x.is_fully_addressable:
-      return x
+      same = x.sharding.is_equivalent_to(place, x.ndim)
+      return x if same else jax.device_put(x, place)
     # Each gives what its own devices need, and nothing is sent.
     whole = np.asarray(x)
     return jax.make_array_from_callback(x.shape, place, whole.__getitem__)

@@ -299,6 +299,6 @@ def _is_consequence(error: BaseException | None) -> bool:
   """Whether jax raised it, as it does when a peer of a collective dies."""
   while error is not None:
     if isinstance(error, jax.errors.JaxRuntimeError):
-      return True
+      return not str(error).startswith(("RESOURCE_EXHAUSTED", "INVALID"))
     error = error.__cause__ or error.__context__
   return False

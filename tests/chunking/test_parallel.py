@@ -21,6 +21,7 @@ from jaxchunk.models.adapters import add_lora
 from jaxchunk.models.lora import LoRA
 from jaxchunk.models.moe import MoE
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.rules import Rules
 from jaxchunk.types import Batch
 from tests.chunking.conftest import PLAIN, RICH, build, make_batch
 
@@ -210,3 +211,21 @@ def test_what_a_layout_cannot_do_is_named():
     run(Layout(context=4))
   with pytest.raises(NotImplementedError, match="kv_memory='host'"):
     run(Layout(data=8), kv_memory="host")
+
+
+@pytest.mark.parametrize(
+  "rules",
+  [
+    {"vocab": "fsdp", "embed": None},
+    {"heads": ("fsdp", "tensor"), "kv_heads": ("fsdp", "tensor")},
+    {"layers": "fsdp", "embed": None},
+    {"lane": "data"},
+    {"embed": "tensor", "vocab": None},
+  ],
+  ids=str,
+)
+def test_rules_that_chunks_cannot_run_with_are_named(rules):
+  model = build(_SMALL, "float32")
+  layout = Layout(fsdp=4, tensor=2, rules=Rules(rules))
+  with pytest.raises(ValueError, match=r"rule '(\w+)' is .* chunks run with"):
+    over(layout, model)

@@ -99,3 +99,16 @@ def test_loops_branches_and_groups_are_counted():
     ("all_gather", 48, 1),
     ("psum_invariant", 2 * 64 * 7 // 8, 1),
   ]
+
+
+def test_chunk_outer_gathers_each_layer_three_times_a_chunk():
+  """Forward for the state, forward again, backward; of the live one twice."""
+  found = totals(Layout(fsdp=8), strategy="chunk_outer")
+  D, F, H, chunks, bf16 = 64, 128, 16, 8, 2
+  layer = D * H * (4 + 2 + 2 + 4) + 3 * D * F
+  # Loops of unknown length count as 8: 7 are not live, and run once more.
+  passes = 3 * chunks + 2
+  heads = chunks + 1
+  asked = passes * 8 * 32 * 4
+  gathered = (passes * 5 * layer + heads * 256 * D) * bf16
+  assert found["all_gather", ("fsdp",)] == (gathered + asked) * 7 / 8

@@ -26,16 +26,16 @@ def size(cfg):
 
 def test_what_a_run_keeps(config):
   count = size(config.model)
-  kept = fits.kept_bytes(config, TARGET)
+  kept = fits.kept_bytes(config)
   # The state also counts updates, in five numbers.
   assert kept == {
     "parameters": 4 * count,
     "gradients": 4 * count,
     "optimizer": 8 * count + 4 * 5,
   }
-  assert fits.optimizer_bytes(config, TARGET) == (kept["optimizer"], 0)
+  assert fits.optimizer_bytes(config) == (kept["optimizer"], 0)
   config.train.optimizer_memory = "host"
-  device, host = fits.optimizer_bytes(config, TARGET)
+  device, host = fits.optimizer_bytes(config)
   # Norms stay.
   norms = 2 * 4 * 5 * config.model.d_model
   assert (device, host) == (norms + 20, 8 * count - norms)
@@ -50,7 +50,7 @@ def test_every_program_is_counted_with_all_that_lies_there(config):
     "evaluation of 256 tokens",
     "update",
   ]
-  kept = fits.kept_bytes(config, TARGET)
+  kept = fits.kept_bytes(config)
   for need in needs:
     all_kept = sum(kept.values())
     if need.program.startswith("evaluation"):
@@ -65,10 +65,10 @@ def test_every_program_is_counted_with_all_that_lies_there(config):
 def test_what_a_device_of_many_keeps(config, sizes):
   """Moments once in all (ZeRO-1); with fsdp parameters and gradients too."""
   config.model = dataclasses.replace(config.model, vocab_size=264)
-  one = fits.kept_bytes(config, TARGET)
+  one = fits.kept_bytes(config)
   for name, value in sizes.items():
     setattr(config.layout, name, value)
-  kept = fits.kept_bytes(config, TARGET)
+  kept = fits.kept_bytes(config)
   # Five counts are everywhere.
   assert kept["optimizer"] - 20 == (one["optimizer"] - 20) // 8
   norms = 4 * 5 * config.model.d_model
@@ -84,7 +84,7 @@ def test_what_a_device_of_many_keeps(config, sizes):
 
 def test_frozen_parameters_count_during_an_update(config):
   config.model = dataclasses.replace(config.model, lora=LoRA(rank=2))
-  kept = fits.kept_bytes(config, TARGET)
+  kept = fits.kept_bytes(config)
   assert kept["parameters"] - kept["gradients"] == 4 * size(config.model)
   need = fits.update_need(config, TARGET)
   assert need.device >= sum(kept.values())

@@ -21,7 +21,13 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxchunk.sharding.rules import AXES, Rules
+from jaxchunk.sharding.rules import (
+  AXES,
+  Rules,
+  Split,
+  axis_names,
+  split_by,
+)
 
 _MEANINGS = {
   "stage": "layers, one stage after the other (pipeline)",
@@ -174,11 +180,11 @@ class Layout:
     Raises:
       ValueError: An axis cannot be split evenly; names it and the sizes.
     """
-    entries: list[str | tuple[str, ...] | None] = []
+    entries: list[Split] = []
     whole = self.rules.spec(axes)
     for logical, size, split in zip(axes, shape, whole, strict=True):
-      names = tuple(a for a in _names(split) if self.shape[a] > 1)
-      entries.append(names[0] if len(names) == 1 else names or None)
+      names = tuple(a for a in axis_names(split) if self.shape[a] > 1)
+      entries.append(split_by(names))
       parts = math.prod(self.shape[axis] for axis in names)
       if size % parts:
         fits = [n for n in range(parts, 0, -1) if size % n == 0]
@@ -207,7 +213,7 @@ class Layout:
     Returns:
       The largest axis takes all mesh axes by which it can be divided.
     """
-    entries = [_names(split) for split in spec]
+    entries = [axis_names(split) for split in spec]
     entries += [()] * (len(shape) - len(entries))
     used = {name for names in entries for name in names}
     free = [
@@ -227,7 +233,7 @@ class Layout:
         entries[best] = (*entries[best], *free)
         break
       free.pop()
-    return PartitionSpec(*[e[0] if len(e) == 1 else e or None for e in entries])
+    return PartitionSpec(*map(split_by, entries))
 
   def table(self) -> str:
     """One line for every axis of more than one device, and for the rules."""
@@ -273,10 +279,6 @@ def from_shape(shape: Mapping[str, int], rules: Rules | None = None) -> Layout:
     tensor=tensor,
     rules=rules or Rules(),
   )
-
-
-def _names(split: Any) -> tuple[str, ...]:
-  return (split,) if isinstance(split, str) else tuple(split or ())
 
 
 def _in_slice(

@@ -33,6 +33,20 @@ model's width ("embed"), heads, the MLP, the vocabulary, adapters' rank and
 experts; of activations lanes, tokens ("sequence") and the width."""
 
 
+Split = str | tuple[str, ...] | None
+"""An entry of a `PartitionSpec`: what splits one axis of an array."""
+
+
+def axis_names(split: Split) -> tuple[str, ...]:
+  """The mesh axes of an entry."""
+  return (split,) if isinstance(split, str) else tuple(split or ())
+
+
+def split_by(names: Sequence[str]) -> Split:
+  """The entry of so many mesh axes."""
+  return names[0] if len(names) == 1 else tuple(names) or None
+
+
 class Rules(Mapping[str, tuple[str, ...]]):
   """Mesh axes by logical axis.
 
@@ -91,7 +105,7 @@ class Rules(Mapping[str, tuple[str, ...]]):
       ValueError: Two of them are split by one mesh axis.
     """
     owner: dict[str, str] = {}
-    entries: list[str | tuple[str, ...] | None] = []
+    entries: list[Split] = []
     for name in axes:
       split = () if name is None else self[name]
       for axis in split:
@@ -102,5 +116,5 @@ class Rules(Mapping[str, tuple[str, ...]]):
             "of one"
           )
         owner[axis] = str(name)
-      entries.append(split[0] if len(split) == 1 else split or None)
+      entries.append(split_by(split))
     return PartitionSpec(*entries)

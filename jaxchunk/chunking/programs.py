@@ -5,6 +5,7 @@ As those of `executor`, inside a `jax.shard_map` over all axes of the mesh.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,29 +52,21 @@ def lane_program(
 ) -> Any:
   """Adds a lane of each group to the totals of its devices."""
   stage = local_stage(options, model.cfg, mesh, shards)
-  leaves, treedef = jax.tree.flatten(model)
 
   def local(
-    leaves: Any, lane: Any, counts: Any, totals: Any, rng: Any, router: Any
+    model: Any, lane: Any, count: Any, totals: Any, rng: Any, router: Any
   ) -> Any:
     here = dataclasses.replace(stage, router=router)
     totals = jax.tree.map(lambda a: a[0], totals)
-    # Parameters that vary keep the loops free of sums over the devices.
-    model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
     sums = executor.lane_gradient(
-      here, options, model, lane, counts[0], totals, rng
+      here, options, model, lane, count, totals, rng
     )
     return jax.tree.map(lambda a: a[None], sums)
 
-  specs = [shards.spec(n) for n in range(len(leaves))]
   summed = total_specs(options, shards)
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(specs, *lane_specs(), summed, NOWHERE, NOWHERE),
-    out_specs=summed,
-    check_vma=True,
-  )(leaves, lane, counts, totals, rng, router)
+  specs = (summed, NOWHERE, NOWHERE)
+  run = _on_devices(local, mesh, shards, specs, summed)
+  return run(model, lane, counts, totals, rng, router)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "mesh", "shards"))
@@ -88,21 +81,12 @@ def loss_program(
 ) -> Array:
   """`sum(weights * nll)` of a lane of each group, added up."""
   stage = local_stage(options, model.cfg, mesh, shards)
-  leaves, treedef = jax.tree.flatten(model)
 
-  def local(leaves: Any, lane: Any, counts: Any) -> Any:
-    model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
-    nll = chunk_outer.lane_nll(stage, model, lane, counts[0])
+  def local(model: Any, lane: Any, count: Any) -> Any:
+    nll = chunk_outer.lane_nll(stage, model, lane, count)
     return jax.lax.psum(weighted_sum(lane.weights, nll), SUMMED)
 
-  specs = [shards.spec(n) for n in range(len(leaves))]
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(specs, *lane_specs()),
-    out_specs=NOWHERE,
-    check_vma=True,
-  )(leaves, lane, counts)
+  return _on_devices(local, mesh, shards, (), NOWHERE)(model, lane, counts)
 
 
 @functools.partial(jax.jit, static_argnames=("options", "mesh", "shards"))
@@ -118,25 +102,54 @@ def counts_program(
 ) -> Array:
   """Copies that each expert gets of a lane of each group, `[L,E]`."""
   stage = local_stage(options, model.cfg, mesh, shards)
-  leaves, treedef = jax.tree.flatten(model)
   moe = model.cfg.moe
   assert moe is not None
   shape = (model.cfg.num_layers, moe.num_experts)
 
-  def local(leaves: Any, lane: Any, counts: Any, rng: Any) -> Any:
-    model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
+  def local(model: Any, lane: Any, count: Any, rng: Any) -> Any:
     zeros = jnp.zeros(shape, jnp.int32)
-    found = lane_counts(stage, model, lane, counts[0], zeros, rng)
+    found = lane_counts(stage, model, lane, count, zeros, rng)
     return jax.lax.psum(found, SUMMED)
 
-  specs = [shards.spec(n) for n in range(len(leaves))]
-  return jax.shard_map(
-    local,
-    mesh=mesh,
-    in_specs=(specs, *lane_specs(), NOWHERE),
-    out_specs=NOWHERE,
-    check_vma=True,
-  )(leaves, lane, counts, rng)
+  run = _on_devices(local, mesh, shards, (NOWHERE,), NOWHERE)
+  return run(model, lane, counts, rng)
+
+
+def _on_devices(
+  local: Callable[..., Any],
+  mesh: Mesh,
+  shards: Shards,
+  specs: tuple[Any, ...],
+  out_specs: Any,
+) -> Callable[..., Any]:
+  """`local(model, lane, count, ...)` on every device with its own parts.
+
+  Args:
+    local: What to run.
+    mesh: The devices.
+    shards: How the model is split.
+    specs: How what comes behind the count is.
+    out_specs: How the results are.
+  """
+
+  def run(model: Transformer, lane: Lane, counts: Array, *more: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(model)
+
+    def here(leaves: Any, lane: Any, counts: Any, *more: Any) -> Any:
+      # Parameters that vary keep the loops free of sums over the devices.
+      model = jax.tree.unflatten(treedef, vary_like(leaves, lane))
+      return local(model, lane, counts[0], *more)
+
+    parts = [shards.spec(n) for n in range(len(leaves))]
+    return jax.shard_map(
+      here,
+      mesh=mesh,
+      in_specs=(parts, *lane_specs(), *specs),
+      out_specs=out_specs,
+      check_vma=True,
+    )(leaves, lane, counts, *more)
+
+  return run
 
 
 def local_stage(

@@ -25,6 +25,7 @@ from jaxchunk.kernels.cross_entropy.xla import own_labels
 from jaxchunk.models.axes import PARAMETER_AXES, parameter_axes
 from jaxchunk.models.transformer import Block, Transformer, layer_of
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.rules import axis_names, split_by
 
 _USED_IN_PARTS = ("tensor", "expert")
 
@@ -261,11 +262,6 @@ def _rows(
   return table[tokens]
 
 
-def axis_names(split: Any) -> tuple[str, ...]:
-  """The mesh axes of an entry of a `PartitionSpec`."""
-  return (split,) if isinstance(split, str) else tuple(split or ())
-
-
 def _gathered(split: Any) -> tuple[str, ...]:
   return tuple(n for n in axis_names(split) if n not in _USED_IN_PARTS)
 
@@ -274,7 +270,7 @@ def _without_gathered(spec: PartitionSpec) -> PartitionSpec:
   kept = [
     tuple(n for n in axis_names(split) if n in _USED_IN_PARTS) for split in spec
   ]
-  return PartitionSpec(*[k[0] if len(k) == 1 else k or None for k in kept])
+  return PartitionSpec(*map(split_by, kept))
 
 
 def _inner(spec: PartitionSpec) -> PartitionSpec:

@@ -16,10 +16,11 @@ from jaxtyping import Array
 
 from jaxchunk.chunking import executor
 from jaxchunk.chunking.executor import Options
-from jaxchunk.chunking.shards import Shards, axis_names
+from jaxchunk.chunking.shards import Shards
 from jaxchunk.chunking.turns import GROUPS, SEQUENCE
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.rules import axis_names
 
 SUMMED = (*GROUPS, SEQUENCE)
 """The mesh axes along which devices have gradients of their own."""

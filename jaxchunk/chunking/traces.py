@@ -16,7 +16,7 @@ from jaxchunk.chunking.layouts import check_layout
 from jaxchunk.chunking.programs import NOWHERE, lane_program, loss_program
 from jaxchunk.chunking.routing import has_router_losses
 from jaxchunk.chunking.shards import Shards
-from jaxchunk.chunking.totals import make_zeros, total_specs
+from jaxchunk.chunking.totals import added, make_zeros, total_specs
 from jaxchunk.chunking.turns import GROUPS, lane_specs
 from jaxchunk.models.moe import RouterWeights
 from jaxchunk.models.transformer import Transformer
@@ -57,14 +57,7 @@ def trace_over(
     balance: Any = _shape(size, wide, mesh, NOWHERE)
     z: Any = _shape((), wide, mesh, NOWHERE)
     router = RouterWeights(balance, z)
-  totals = jax.eval_shape(
-    make_zeros(mesh, options, shapes.shards), shapes.model
-  )
-  totals = jax.tree.map(
-    lambda a, spec: _shape(a.shape, a.dtype, mesh, spec),
-    totals,
-    total_specs(options, shapes.shards),
-  )
+  totals = _totals(shapes.model, options, mesh, shapes.shards)
   return lane_program.trace(
     shapes.model,
     shapes.lane,
@@ -96,6 +89,33 @@ def trace_loss_over(
     options=options,
     mesh=mesh,
     shards=shapes.shards,
+  )
+
+
+def trace_sums_over(
+  layout: Layout,
+  model: Transformer,
+  options: Options,
+  *,
+  mesh: Mesh | None = None,
+) -> jax.stages.Traced:
+  """The program by which `accumulate_over(spread=True)` ends."""
+  check_layout(layout, model.cfg, options)
+  mesh = layout.mesh() if mesh is None else mesh
+  stored = Shards.of(model, layout)
+  shards = stored.gathered() if layout.gather == "step" else stored
+  add = added(mesh, options, stored, shards, layout)
+  traced: jax.stages.Traced = add.trace(_totals(model, options, mesh, shards))
+  return traced
+
+
+def _totals(
+  model: Transformer, options: Options, mesh: Mesh, shards: Shards
+) -> Any:
+  return jax.tree.map(
+    lambda a, spec: _shape(a.shape, a.dtype, mesh, spec),
+    jax.eval_shape(make_zeros(mesh, options, shards), model),
+    total_specs(options, shards),
   )
 
 

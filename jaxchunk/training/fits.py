@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxchunk.chunking.executor import loss_program, make_options
 from jaxchunk.chunking.gradient import abstract_lane, lower_chunked
 from jaxchunk.chunking.lanes import capacity_chunks
-from jaxchunk.chunking.traces import trace_loss_over
+from jaxchunk.chunking.traces import trace_loss_over, trace_sums_over
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.targets import Target, tracing_for
@@ -100,7 +100,8 @@ def needs(config: Config, target: Target, longest: int) -> Iterator[Need]:
 
   Yields:
     The need of a lane of each capacity, from that of the longest sequence
-    downwards, of the longest evaluation, and of the update.
+    downwards, of the longest evaluation, of the sums over devices if there
+    are several, and of the update.
 
   Raises:
     RuntimeError: What compiles for the target is not installed.
@@ -114,6 +115,8 @@ def needs(config: Config, target: Target, longest: int) -> Iterator[Need]:
     heldout = min(longest, train.eval_tokens)
     capacity = _capacity(heldout, train.chunk_size)
     yield evaluation_need(config, target, capacity)
+  if config.layout.layout() is not None:
+    yield sums_need(config, target)
   yield update_need(config, target)
 
 
@@ -172,6 +175,25 @@ def evaluation_need(config: Config, target: Target, capacity: int) -> Need:
   program = f"evaluation of {capacity:,} tokens"
   device, host = optimizer_bytes(config)
   return _need(program, lowered, device + _stored_beside(config), host)
+
+
+def sums_need(config: Config, target: Target) -> Need:
+  """Of what adds up gradients over the devices of a layout."""
+  train, layout = config.train, config.layout.layout()
+  assert layout is not None
+  model = _model(config, target)
+  options = make_options(
+    model,
+    chunk_size=train.chunk_size,
+    strategy=strategy_of(train),
+    trainable=initial.trainable(config.model),
+  )
+  with tracing_for(target.device):
+    mesh = _mesh(config, target)
+    lowered = trace_sums_over(layout, model, options, mesh=mesh).lower()
+  device, host = optimizer_bytes(config)
+  kept = kept_bytes(config)["parameters"] + _stored_beside(config)
+  return _need("sums over devices", lowered, device + kept, host)
 
 
 def _stored_beside(config: Config) -> int:

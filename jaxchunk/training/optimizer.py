@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from jaxchunk.sharding.rules import axis_names
 from jaxchunk.training.adam8bit import scale_by_adam_8bit
 from jaxchunk.training.apply import apply_at_once, apply_by_layer
 from jaxchunk.training.config import TrainConfig
@@ -198,8 +199,7 @@ def _fitted(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
     spec = ()
 
   def parts(split: Any) -> int:
-    names = (split,) if isinstance(split, str) else split or ()
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(mesh.shape[name] for name in axis_names(split))
 
   pairs = zip(spec, shape, strict=False)
   kept = [split if size % parts(split) == 0 else None for split, size in pairs]

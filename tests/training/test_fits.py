@@ -82,6 +82,16 @@ def test_what_a_device_of_many_keeps(config, sizes):
   assert own <= update.device - kept["parameters"] < own + 2 * one["parameters"]
 
 
+def test_sums_over_devices_are_counted(config):
+  config.layout.data = 8
+  names = [need.program for need in fits.needs(config, TARGET, 60)]
+  assert names[-2:] == ["sums over devices", "update"]
+  kept, need = fits.kept_bytes(config), fits.sums_need(config, TARGET)
+  # Each device's own sums, and its part of those of all.
+  least = kept["parameters"] + kept["optimizer"] + kept["gradients"] * 9 / 8
+  assert least <= need.device < least + 3 * kept["gradients"]
+
+
 def test_frozen_parameters_count_during_an_update(config):
   config.model = dataclasses.replace(config.model, lora=LoRA(rank=2))
   kept = fits.kept_bytes(config)

@@ -9,8 +9,8 @@ Command:  python scripts/train.py --config=configs/sft_slices.py:MODEL,v5e
 Hardware: A slice v5e:4x4 (15.75 GiB a chip, 15.28 without the 3% left to the
           runtime), or v6e:2x4 (31.25 and 30.31). Compiled for Llama 3.1 8B, at
           its peak, on each chip:
-            v5e  0.00 GiB
-            v6e  0.00 GiB
+            v5e  10.9 GiB
+            v6e  21.4 GiB
 Expected: Not run on hardware yet. The figures are those of
           python scripts/compile.py --config=configs/sft_slices.py:MODEL,v5e
             --target=v5e:4x4

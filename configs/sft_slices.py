@@ -39,9 +39,11 @@ _LONGEST = 131_072
 
 
 def get_config(argument: str = "") -> Config:
-  """The configuration for a folder, and a slice behind a comma."""
+  """The configuration for a folder, and a slice behind a comma (v6e)."""
   model, _, slice_ = argument.rpartition(",")
-  if slice_ not in _LAYOUTS or not model:
+  if slice_ not in _LAYOUTS:
+    model, slice_ = argument, "v6e"
+  if not model:
     raise ConfigError(
       "name the model's folder, and one of "
       f"{', '.join(_LAYOUTS)}: --config=configs/sft_slices.py:MODEL,v5e"

@@ -17,7 +17,6 @@ from jaxchunk.chunking.executor import (
 )
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.models.moe import MoE
-from jaxchunk.sharding.mesh import Layout
 from jaxchunk.types import Batch
 from tests.chunking.conftest import PLAIN, build, make_batch, worst
 
@@ -122,9 +121,6 @@ def test_what_does_not_go_with_losses_of_routers_is_named():
   ):
     with pytest.raises(ValueError, match=r"loss=\.\.\. does not go with moe="):
       value_and_grad(model, batch, loss=lambda nll, weight: nll.sum())
-  layout = Layout(data=8)
-  with pytest.raises(ValueError, match=r"layout=Layout\(data=8\) does not go"):
-    jc.chunked_value_and_grad(model, batch, chunk_size=16, layout=layout)
 
 
 @pytest.mark.fast

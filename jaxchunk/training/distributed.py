@@ -318,7 +318,7 @@ def leave(message: str, code: int = EXIT_CODE) -> NoReturn:
   Python, stays behind.
   """
   # Directly: another thread may hold the lock of a stream.
-  os.write(2, f"{_program()}: {message}\n".encode())
+  os.write(2, f"{as_line(message)}\n".encode())
   with contextlib.suppress(Exception):
     sys.stdout.flush()
   os._exit(code)
@@ -328,8 +328,9 @@ def fail(error: Exception) -> NoReturn:
   """Ends a script with one line on stderr; waits for no other process."""
   if count() > 1:
     leave(str(error), 1)
-  sys.exit(f"{_program()}: {error}")
+  sys.exit(as_line(str(error)))
 
 
-def _program() -> str:
-  return os.path.basename(sys.argv[0]) or "jaxchunk"
+def as_line(message: str) -> str:
+  """A message as it is printed: behind the name of the program."""
+  return f"{os.path.basename(sys.argv[0]) or 'jaxchunk'}: {message}"

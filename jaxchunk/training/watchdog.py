@@ -21,6 +21,7 @@ import jax
 
 from jaxchunk.training import distributed
 from jaxchunk.training.config import ProcessesConfig
+from jaxchunk.training.last_words import LastWords
 
 _NOBODY = ""
 _DAY = 86_400
@@ -122,6 +123,7 @@ class Watchdog:
       for work in (self._beat, self._listen, self._watch, self._hold)
     ]
     self._line: socket.socket | None = None
+    self._last_words: LastWords | None = None
 
   def begins(self, step: int) -> None:
     """Tells that this process is about to dispatch a step."""
@@ -150,6 +152,7 @@ class Watchdog:
       self._stop.set()
       return
     self._ended = True
+    self._dismiss()
     # Process 0 holds the store, and must not leave first.
     distributed.gather("end of the run", None, timeout=_DAY)
     self._stop.set()
@@ -165,6 +168,7 @@ class Watchdog:
       # Long enough that its silence is noticed; then this does not return.
       time.sleep(self._options.silence_timeout + 3 * self._interval)
     self._failing = True
+    self._dismiss()
     text = (str(error).splitlines() or [""])[0][:300]
     self._accuse(
       f"{distributed.describe(distributed.index(), distributed.here())} ended "
@@ -210,7 +214,7 @@ class Watchdog:
     """Keeps a line to process 0, which the system cuts when that ends.
 
     jax, too, ends this process then: at once, in the thread that would tell
-    `_listen`, and with a message that names nobody.
+    `_listen`, and with a message that names nobody. It may even come first.
     """
     if distributed.leads():
       self._answer()
@@ -222,12 +226,22 @@ class Watchdog:
       first = json.loads(text)
       self._leader = distributed.describe(0, first)
       address = (distributed.leader_host(), first["port"])
+      if first["port"]:
+        self._prepare(address)
       held = 0
       while first["port"] and _held(address):
         held += 1
       # A line that never was, as through a firewall, says nothing.
       if held and not self._ended:
         self._obey(f"{self._leader} died")
+
+  def _prepare(self, address: tuple[str, int]) -> None:
+    verdict = distributed.as_line(self._message(f"{self._leader} died"))
+    # Where no process may be started the rest does what it can.
+    with contextlib.suppress(OSError):
+      self._last_words = LastWords(*address, verdict)
+    if self._ended or self._failing:
+      self._dismiss()
 
   def _answer(self) -> None:
     """Takes the calls of the others, and holds the lines until the end."""
@@ -278,9 +292,16 @@ class Watchdog:
     if distributed.leads():
       # The others read it from this process.
       time.sleep(2 * self._interval)
-    distributed.leave(
-      f"{verdict}. Process {distributed.index()} ends because of it; {_RESUME}"
-    )
+    self._dismiss()
+    distributed.leave(self._message(verdict))
+
+  def _message(self, verdict: str) -> str:
+    index = distributed.index()
+    return f"{verdict}. Process {index} ends because of it; {_RESUME}"
+
+  def _dismiss(self) -> None:
+    if self._last_words is not None:
+      self._last_words.dismiss()
 
 
 def _held(address: tuple[str, int]) -> bool:

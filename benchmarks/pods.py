@@ -149,7 +149,8 @@ def expected_bytes(way: Way, cfg: jc.ModelConfig, tokens: int) -> float:
   head = cfg.vocab_size * cfg.d_model
   layer = (count(cfg) - 2 * head) / cfg.num_layers
   own = count(cfg) * _STATE_BYTES / layout.num_devices
-  gathered = max(layer, head) * (2 + 4) / tensor
+  # bf16, an fp32 gradient, and its copy where it is scattered.
+  gathered = max(layer, head) * (2 + 4 + 4) / tensor
   grow = state_bytes_per_token(cfg, way.strategy)
   shared = layout.context * tensor
   if way.strategy == "layer_outer":

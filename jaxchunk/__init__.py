@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     full_value_and_grad as full_value_and_grad,
   )
   from jaxchunk.chunking.spaco import SpaCO as SpaCO
+  from jaxchunk.inference.engine import Engine as Engine
+  from jaxchunk.inference.params import SamplingParams as SamplingParams
   from jaxchunk.interop.hugging_face import load_hf as load_hf
   from jaxchunk.interop.hugging_face import save_hf as save_hf
   from jaxchunk.kernels.attention.api import attention as attention
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
 _EXPORTS = {
   "AttentionMask": "jaxchunk.kernels.attention.mask",
   "ChunkPlan": "jaxchunk.chunking.plan",
+  "Engine": "jaxchunk.inference.engine",
   "ModelConfig": "jaxchunk.models.config",
+  "SamplingParams": "jaxchunk.inference.params",
   "SpaCO": "jaxchunk.chunking.spaco",
   "Transformer": "jaxchunk.models.transformer",
   "attention": "jaxchunk.kernels.attention.api",

@@ -202,7 +202,7 @@ def _replayed_bwd(
 _replayed.defvjp(_replayed_fwd, _replayed_bwd)
 
 
-class _Parts(NamedTuple):
+class LowRankParts(NamedTuple):
   """The einsums of `x @ a` and `(x @ a) @ b`, and a and b in their shapes."""
 
   a_spec: str
@@ -211,7 +211,8 @@ class _Parts(NamedTuple):
   b: Array
 
 
-def _parts(spec: str, w: Matrix, a: Array, b: Array) -> _Parts:
+def low_rank_parts(spec: str, w: Matrix, a: Array, b: Array) -> LowRankParts:
+  """How `x @ a @ b` is computed where `einsum(spec, x, w)` is."""
   x_spec, w_spec, out = _operands(spec)
   summed = "".join(letter for letter in w_spec if letter in x_spec)
   others = "".join(letter for letter in w_spec if letter not in x_spec)
@@ -219,7 +220,7 @@ def _parts(spec: str, w: Matrix, a: Array, b: Array) -> _Parts:
     raise ValueError(f"spec {spec!r}: w must be what is summed, then the rest")
   tokens = "".join(letter for letter in x_spec if letter not in summed)
   sizes = w.shape[: len(summed)], w.shape[len(summed) :]
-  return _Parts(
+  return LowRankParts(
     f"{x_spec},{summed}R->{tokens}R",
     f"{tokens}R,R{others}->{out}",
     a.reshape(*sizes[0], -1),
@@ -231,7 +232,7 @@ def _parts(spec: str, w: Matrix, a: Array, b: Array) -> _Parts:
 def _adapted(
   spec: str, scale: float, x: Array, w: Matrix, a: Array, b: Array
 ) -> Array:
-  parts = _parts(spec, w, a, b)
+  parts = low_rank_parts(spec, w, a, b)
   h = _product(parts.a_spec, x, parts.a)
   return _product(spec, x, w) + scale * _product(parts.b_spec, h, parts.b)
 
@@ -246,7 +247,7 @@ def _adapted_bwd(
   spec: str, scale: float, saved: Any, dy: Array
 ) -> tuple[Array | None, ...]:
   x, w, a, b = saved
-  parts = _parts(spec, w, a, b)
+  parts = low_rank_parts(spec, w, a, b)
   dx, dw = _product_bwd(spec, (x, w), dy)
   # x @ a is R wide: cheaper to compute again than to keep.
   h = _product(parts.a_spec, x, parts.a)

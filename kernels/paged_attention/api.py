@@ -89,24 +89,56 @@ def paged_attention(
       f"sink_logits has shape {sink_logits.shape}, not one for each of q's "
       f"N={q.shape[2]} heads"
     )
-  forward = _forward(implementation)
-  scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-  o, lse = _underivable(
-    forward,
-    window,
-    scale,
-    softcap,
+  o, lse = paged_attention_grouped(
     grouped(q, pages.k.shape[1]),
     pages,
-    jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), view),
-    jnp.asarray(q_positions, jnp.int32),
-    jnp.asarray(layer, jnp.int32),
+    view,
+    q_positions=q_positions,
+    layer=layer,
+    window=window,
+    scale=scale,
+    softcap=softcap,
+    implementation=implementation,
   )
   o, lse = ungrouped(o), ungrouped(lse[..., None])[..., 0]
   if sink_logits is not None:
     sink = jnp.broadcast_to(sink_logits.astype(lse.dtype), lse.shape)
     o, lse = merge(o, lse, jnp.zeros_like(o), sink)
   return (o, lse) if return_lse else o
+
+
+def paged_attention_grouped(
+  q: Float[Array, "B K G T H"],
+  pages: KVPages,
+  view: PageView,
+  *,
+  q_positions: Int[Array, "B T"],
+  layer: Any = 0,
+  window: int | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  implementation: str | None = None,
+) -> tuple[Float[Array, "B K G T H"], Float[Array, "B K G T"]]:
+  """`paged_attention` with queries grouped by key head, as models have them.
+
+  Shapes are taken as they come. Arguments are those of `paged_attention`.
+
+  Returns:
+    The output in q's dtype, and the lse in at least fp32.
+  """
+  scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+  o, lse = _underivable(
+    _forward(implementation),
+    window,
+    scale,
+    softcap,
+    q,
+    pages,
+    jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), view),
+    jnp.asarray(q_positions, jnp.int32),
+    jnp.asarray(layer, jnp.int32),
+  )
+  return o, lse
 
 
 def _forward(name: str | None) -> Callable[..., tuple[Array, Array]]:

@@ -1,0 +1,374 @@
+"""The device's side of the engine: programs, pages, and what is under way."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Many
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxchunk.inference.draw import PROMPT, Drawn
+from jaxchunk.inference.params import MAX_BIASES
+from jaxchunk.inference.programs import LayeredSteps, Run, whole_step
+from jaxchunk.inference.scheduler import Plan
+from jaxchunk.inference.sequence import Sequence, Work
+from jaxchunk.inference.step import Extras, State, StepShape
+from jaxchunk.kv.paged import (
+  PagedKV,
+  PagedState,
+  init_pages,
+  read_pages,
+  write_pages,
+)
+from jaxchunk.models.adapter_set import AdapterSet
+from jaxchunk.models.transformer import Transformer
+
+
+class Ticket(Protocol):
+  """A step that is under way."""
+
+  works: list[Work]
+  """Those that draw, in the order of the results."""
+
+  def result(self) -> Drawn | None:
+    """Waits for the step; host arrays, the first rows for the works."""
+
+
+class Runner(Protocol):
+  """What runs the steps that a scheduler plans."""
+
+  def dispatch(self, plan: Plan) -> Ticket:
+    """Begins a step behind those that are under way."""
+
+  def now(self) -> float:
+    """The clock of requests, in seconds."""
+
+
+@dataclasses.dataclass
+class DeviceTicket:
+  """A step on the device."""
+
+  works: list[Work]
+  drawn: Drawn | None
+
+  def result(self) -> Drawn | None:
+    """Waits for the step."""
+    if self.drawn is None:
+      return None
+    tokens = jax.device_get(self.drawn.tokens)
+    if any(w.sequence.params.logprobs is not None for w in self.works):
+      reported: Drawn = jax.device_get(self.drawn)
+      return reported
+    return dataclasses.replace(self.drawn, tokens=tokens)
+
+
+class Assembler:
+  """Writes down a plan in the numbers that a step takes.
+
+  Args:
+    shapes: Of the programs, by tokens.
+    page_size: Z.
+    num_pages: P.
+  """
+
+  def __init__(
+    self, shapes: Mapping[int, StepShape], page_size: int, num_pages: int
+  ):
+    self._shapes, self._page_size = shapes, page_size
+    self._nowhere = page_size * num_pages
+    widest = shapes[max(shapes)]
+    self._slots = widest.max_sequences
+    self._tables = np.zeros((self._slots, widest.table), np.int32)
+    # Whose table each is, and how many of its pages stand in it.
+    self._owners: list[Sequence | None] = [None] * self._slots
+    self._filled = [0] * self._slots
+
+  def round_up(self, tokens: int) -> int:
+    """Of the programs' numbers of tokens the least with room for so many."""
+    return min(size for size in self._shapes if size >= tokens)
+
+  def _update_table(self, sequence: Sequence) -> int:
+    slot, pages = sequence.slot, sequence.pages
+    if self._owners[slot] is not sequence or self._filled[slot] > len(pages):
+      self._owners[slot], self._filled[slot] = sequence, 0
+    filled = self._filled[slot]
+    if filled < len(pages):
+      self._tables[slot, filled : len(pages)] = pages[filled:]
+      self._filled[slot] = len(pages)
+    return slot
+
+  def pack(self, works: Many[Work], tokens: int) -> np.ndarray:
+    """The numbers of a step of `tokens` tokens."""
+    shape = self._shapes[tokens]
+    whole, v = shape.packing.empty()
+    v["positions"].fill(-1)
+    v["slots"].fill(self._nowhere)
+    for name in ("single_index", "several_index", "draw_index"):
+      v[name].fill(shape.tokens)
+    v["single_positions"].fill(-1)
+    v["several_positions"].fill(-1)
+    v["draw_slot"].fill(self._slots)
+    at = single = several = draws = 0
+    slots = [self._update_table(work.sequence) for work in works]
+    v["tables"][: len(works), 0] = self._tables[slots]
+    for owner, work in enumerate(works):
+      sequence, start, count = work.sequence, work.start, work.count
+      end = at + count
+      v["lengths"][owner] = start + count
+      if count == 1:
+        v["tokens"][at] = self._token(sequence, start)
+        v["positions"][at] = start
+        v["slots"][at] = self._slot_of(sequence, start)
+        v["single_index"][single, 0] = at
+        v["single_positions"][single, 0] = start
+        v["single_owner"][single] = owner
+        single += 1
+      else:
+        several = self._add_prompt(v, shape, work, owner, at, several)
+      v["adapters"][at:end] = sequence.adapter
+      if work.draws:
+        self._add_draw(v, draws, end - 1, sequence)
+        draws += 1
+      at = end
+    v["numbers"][:] = single, several, draws
+    return whole
+
+  def _token(self, sequence: Sequence, at: int) -> int:
+    if at < len(sequence.tokens):
+      return sequence.tokens[at]
+    return -1 - sequence.slot
+
+  def _slot_of(self, sequence: Sequence, at: int) -> int:
+    Z = self._page_size
+    return sequence.pages[at // Z] * Z + at % Z
+
+  def _add_prompt(
+    self,
+    v: dict[str, np.ndarray],
+    shape: StepShape,
+    work: Work,
+    owner: int,
+    at: int,
+    row: int,
+  ) -> int:
+    sequence, start, count = work.sequence, work.start, work.count
+    positions = np.arange(start, start + count, dtype=np.int32)
+    end = at + count
+    tokens = sequence.tokens[start : start + count]
+    if len(tokens) < count:
+      tokens = [*tokens, -1 - sequence.slot]
+    v["tokens"][at:end] = tokens
+    v["positions"][at:end] = positions
+    Z = self._page_size
+    pages = self._tables[sequence.slot][positions // Z]
+    v["slots"][at:end] = pages * Z + positions % Z
+    Q = shape.queries
+    rows = -(-count // Q)
+    index = v["several_index"][row : row + rows].reshape(-1)
+    index[:count] = np.arange(at, end)
+    v["several_positions"][row : row + rows].reshape(-1)[:count] = positions
+    v["several_owner"][row : row + rows] = owner
+    return row + rows
+
+  def _add_draw(
+    self, v: dict[str, np.ndarray], row: int, index: int, sequence: Sequence
+  ) -> None:
+    params = sequence.params
+    v["draw_index"][row] = index
+    v["draw_slot"][row] = sequence.slot
+    v["seed"][row] = sequence.seed
+    # `pending` counts the token that is drawn here.
+    v["position"][row] = sequence.length - 1
+    v["temperature"][row] = params.temperature
+    v["top_k"][row] = params.top_k or 0
+    v["top_p"][row] = params.top_p
+    v["min_p"][row] = params.min_p
+    v["repetition"][row] = params.repetition_penalty
+    v["presence"][row] = params.presence_penalty
+    v["frequency"][row] = params.frequency_penalty
+    v["logprobs"][row] = params.logprobs is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled step."""
+
+  shape: StepShape
+  run: Run
+
+
+class DeviceRunner:
+  """Runs steps on the model's device.
+
+  Args:
+    model: The model. On CPU its layers are copied one by one.
+    states: What layers do with pages.
+    shapes: Of the steps.
+    num_pages: P.
+    adapters: That requests may name.
+    ends: Tokens that end a text.
+    say: Told how far compiling is.
+  """
+
+  def __init__(
+    self,
+    model: Transformer,
+    *,
+    states: tuple[PagedState, ...],
+    shapes: Many[StepShape],
+    num_pages: int,
+    adapters: AdapterSet | None = None,
+    ends: tuple[int, ...] = (),
+    say: Callable[[str], None] | None = None,
+  ):
+    self._model, self._states, self._adapters = model, states, adapters
+    self._ends = ends
+    self._device = jax.tree.leaves(model)[0].devices().pop()
+    self._layered = None
+    if self._device.platform == "cpu":
+      self._layered = LayeredSteps(model, adapters, states)
+    by_tokens = {shape.tokens: shape for shape in shapes}
+    self._assembler = Assembler(by_tokens, states[0].page_size, num_pages)
+    widest = by_tokens[max(by_tokens)]
+    self._max_sequences = widest.max_sequences
+    self.state = self._start(num_pages, widest.max_sequences)
+    # On the device already.
+    self._nothing = jax.device_put(self._no_extras(), self._device)
+    began = time.perf_counter()
+    self._programs = self._compile(by_tokens, say)
+    self.startup_seconds = time.perf_counter() - began
+    self.compilations = len(self._programs)
+
+  def _start(self, num_pages: int, slots: int) -> State:
+    cfg, states = self._model.cfg, self._states
+
+    def make() -> State:
+      return State(
+        init_pages(cfg, states, num_pages),
+        jnp.zeros(slots, jnp.int32),
+        jnp.zeros((slots, cfg.vocab_size), jnp.int16),
+      )
+
+    return jax.jit(make, device=self._device)()
+
+  def _compile(
+    self,
+    shapes: Mapping[int, StepShape],
+    say: Callable[[str], None] | None,
+  ) -> dict[int, Program]:
+    """All programs that can ever run, so that none is compiled later."""
+    done: dict[int, Program] = {}
+    for tokens, shape in sorted(shapes.items()):
+      began = time.perf_counter()
+      done[tokens] = Program(shape, self._compile_one(shape))
+      if say is not None:
+        seconds = time.perf_counter() - began
+        say(f"compiled steps of {tokens} tokens in {seconds:.1f} s")
+    self._count_program = _count_program.lower(
+      self.state,
+      jax.ShapeDtypeStruct((), jnp.int32),
+      jax.ShapeDtypeStruct((self._model.cfg.vocab_size,), jnp.int16),
+    ).compile()
+    return done
+
+  def _compile_one(self, shape: StepShape) -> Run:
+    if self._layered is not None:
+      return self._layered.compile(self.state, self._nothing, shape=shape)
+    return whole_step(
+      self._model,
+      self._adapters,
+      self.state,
+      self._nothing,
+      shape=shape,
+      states=self._states,
+    )
+
+  def _no_extras(self) -> Extras:
+    """Extras that change nothing, on the host."""
+    W, V = self._max_sequences, self._model.cfg.vocab_size
+    bias_ids: Any = np.full((W, MAX_BIASES), V, np.int32)
+    bias: Any = np.zeros((W, MAX_BIASES), np.float32)
+    allowed: Any = np.full((W, -(-V // 32)), 0xFFFFFFFF, np.uint32)
+    return Extras(bias_ids, bias, allowed)
+
+  def dispatch(self, plan: Plan) -> DeviceTicket:
+    """Begins a step behind those that are under way."""
+    for sequence, _ in plan.admitted:
+      if sequence.params.counts_tokens:
+        self._set_counts(sequence)
+    tokens = self._assembler.round_up(plan.tokens)
+    packed = self._assembler.pack(plan.works, tokens)
+    draws = [work for work in plan.works if work.draws]
+    program = self._programs[tokens]
+    extras = self._extras_of(draws)
+    self.state, drawn = program.run(self.state, packed, len(draws), extras)
+    return DeviceTicket(draws, drawn)
+
+  def _set_counts(self, sequence: Sequence) -> None:
+    V = self._model.cfg.vocab_size
+    prompt = sequence.tokens[: sequence.prompt_length]
+    since = sequence.tokens[sequence.prompt_length :]
+    row = np.bincount(np.asarray(since, np.int64), minlength=V)
+    row = np.minimum(row, PROMPT - 1).astype(np.int16)
+    row[np.unique(prompt)] += PROMPT
+    slot = np.asarray(sequence.slot, np.int32)
+    self.state = self._count_program(self.state, slot, row)
+
+  def _extras_of(self, draws: Many[Work]) -> Extras:
+    asking = [
+      (row, work.sequence)
+      for row, work in enumerate(draws)
+      if _asks(work.sequence)
+    ]
+    if not asking:
+      return self._nothing
+    extras: Any = self._no_extras()
+    for row, sequence in asking:
+      biases = dict(sequence.params.logit_bias)
+      if sequence.generated < sequence.params.min_tokens:
+        stops = (*self._ends, *sequence.params.stop_token_ids)
+        biases |= dict.fromkeys(stops, -np.inf)
+      number = min(len(biases), MAX_BIASES)
+      extras.bias_ids[row, :number] = list(biases)[:number]
+      extras.bias[row, :number] = list(biases.values())[:number]
+      if sequence.guide is not None:
+        allowed = sequence.guide.allowed()
+        extras.allowed[row, : len(allowed)] = allowed
+    given: Extras = extras
+    return given
+
+  def now(self) -> float:
+    """Seconds of a clock that only goes forward."""
+    return time.monotonic()
+
+  def read(self, numbers: np.ndarray) -> PagedKV:
+    """Copies of pages, behind the steps under way."""
+    return _read_program(self.state.pages, numbers)
+
+  def write(self, numbers: np.ndarray, copies: PagedKV) -> None:
+    """Fills pages, before the steps to come."""
+    pages = _write_program(self.state.pages, numbers, copies)
+    self.state = dataclasses.replace(self.state, pages=pages)
+
+
+def _asks(sequence: Sequence) -> bool:
+  params = sequence.params
+  return bool(
+    params.logit_bias
+    or sequence.guide is not None
+    or sequence.generated < params.min_tokens
+  )
+
+
+_read_program = jax.jit(read_pages)
+_write_program = jax.jit(write_pages, donate_argnums=(0,))
+
+
+@functools.partial(jax.jit, donate_argnums=(0,))
+def _count_program(state: State, slot: Array, row: Array) -> State:
+  return dataclasses.replace(state, counts=state.counts.at[slot].set(row))

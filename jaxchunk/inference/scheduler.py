@@ -1,0 +1,391 @@
+"""What the next step does: running continuations first, then prompts by parts.
+
+Every step has room for so many tokens. Each sequence that draws takes one of
+them, so that a long prompt never holds up the others; what is left goes to
+prompts that have begun, then to new ones. Without pages for all, the sequence
+that ranks last loses its own and starts again later, from its known pages or
+from those it left in host memory.
+
+Sources: Sarathi-Serve (arXiv 2403.02310), DeepSpeed SplitFuse, Past-Future
+(Gong et al., ASPLOS 2025).
+"""
+
+import bisect
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
+from typing import Protocol
+
+from jaxchunk.inference.sequence import Sequence, Status, Work
+from jaxchunk.kv.pool import PagePool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+  """What a step has room for.
+
+  Attributes:
+    tokens: In all.
+    sequences: That may run at a time.
+    prompts: Of which parts may run in one step.
+    shapes: Numbers of tokens that programs are compiled for, ascending; the
+      last is `tokens`.
+  """
+
+  tokens: int
+  sequences: int
+  prompts: int
+  shapes: tuple[int, ...]
+
+  def shape(self, tokens: int) -> int:
+    """The least shape with room for so many."""
+    return self.shapes[bisect.bisect_left(self.shapes, tokens)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost:
+  """What a sequence had when its pages were taken.
+
+  Attributes:
+    sequence: Whose.
+    pages: In order.
+    computed: Tokens whose keys are in them.
+  """
+
+  sequence: Sequence
+  pages: tuple[int, ...]
+  computed: int
+
+
+@dataclasses.dataclass
+class Plan:
+  """What a step does.
+
+  Attributes:
+    works: For which sequences it does what.
+    preempted: Those that lost their pages before it. What these held has to
+      be read before the step begins.
+    admitted: Those that began or began again, and with how many tokens that
+      were known already.
+  """
+
+  works: list[Work] = dataclasses.field(default_factory=list)
+  preempted: list[Lost] = dataclasses.field(default_factory=list)
+  admitted: list[tuple[Sequence, int]] = dataclasses.field(default_factory=list)
+
+  @property
+  def tokens(self) -> int:
+    """How many tokens it runs."""
+    return sum(work.count for work in self.works)
+
+
+class Stored(Protocol):
+  """Pages outside of the pool, which come back at admission."""
+
+  def restore(self, sequence: Sequence, pages: Many[int], known: int) -> int:
+    """Fills pages with what is stored of a sequence.
+
+    Args:
+      sequence: Whose.
+      pages: For all of its tokens.
+      known: Tokens of the first pages that are there already.
+
+    Returns:
+      How many tokens are there then, at least `known`.
+    """
+
+
+class Scheduler(Protocol):
+  """Decides what runs."""
+
+  running: list[Sequence]
+
+  def add(self, sequence: Sequence) -> None:
+    """Takes a new sequence."""
+
+  def remove(self, sequence: Sequence) -> None:
+    """Ends a sequence, wherever it stands, and lets go of what it holds."""
+
+  def schedule(self) -> Plan:
+    """The next step. Sequences count it as done."""
+
+  @property
+  def num_waiting(self) -> int:
+    """Sequences that wait."""
+
+
+class StallFree:
+  """Continuations first, then prompts that have begun, then new ones.
+
+  A new sequence begins when there are pages for its whole prompt.
+
+  Args:
+    limits: Of a step.
+    pool: The pages.
+    stored: Pages outside of the pool; `None` is none.
+  """
+
+  def __init__(
+    self, limits: Limits, pool: PagePool, stored: Stored | None = None
+  ):
+    self.limits, self.pool, self.stored = limits, pool, stored
+    self.running: list[Sequence] = []
+    self._waiting: list[Sequence] = []
+    self._slots = list(range(limits.sequences - 1, -1, -1))
+
+  @property
+  def num_waiting(self) -> int:
+    """Sequences that wait."""
+    return len(self._waiting)
+
+  def add(self, sequence: Sequence) -> None:
+    """Takes a new sequence."""
+    sequence.status = Status.WAITING
+    bisect.insort(self._waiting, sequence, key=lambda s: s.rank)
+
+  def remove(self, sequence: Sequence) -> None:
+    """Ends a sequence, wherever it stands, and lets go of what it holds."""
+    if sequence.status is Status.RUNNING:
+      self.running.remove(sequence)
+      self._let_go(sequence)
+    elif sequence.status is Status.WAITING:
+      self._waiting.remove(sequence)
+    sequence.status = Status.FINISHED
+
+  def _let_go(self, sequence: Sequence) -> None:
+    self.pool.release(sequence.pages)
+    sequence.pages = []
+    self._slots.append(sequence.slot)
+    sequence.slot = -1
+
+  def schedule(self) -> Plan:
+    """The next step. Sequences count it as done."""
+    plan = Plan()
+    room = self.limits.tokens
+    drawing = [s for s in self.running if s.remaining == 1 and s.can_go_on]
+    for sequence in drawing:
+      # It may have lost its pages to one before.
+      if sequence.status is Status.RUNNING and self._grow(sequence, plan):
+        self._take(sequence, 1, plan)
+        room -= 1
+    prompts = 0
+    for sequence in self.running:
+      if room < 1 or prompts == self.limits.prompts:
+        break
+      if sequence.remaining > 1 and sequence.can_go_on:
+        room -= self._take(sequence, room, plan)
+        prompts += 1
+    while (
+      room > 0
+      and prompts < self.limits.prompts
+      and not plan.preempted
+      and self._admit_first(plan)
+    ):
+      room -= self._take(self.running[-1], room, plan)
+      prompts += 1
+    self.running.sort(key=lambda s: s.rank)
+    self._fit(plan)
+    for work in plan.works:
+      self._count(work)
+    return plan
+
+  def _take(self, sequence: Sequence, room: int, plan: Plan) -> int:
+    """Lets a sequence run as many tokens as there is room for."""
+    count = min(sequence.remaining, room)
+    draws = count == sequence.remaining
+    plan.works.append(Work(sequence, sequence.computed, count, draws))
+    return count
+
+  def _fit(self, plan: Plan) -> None:
+    """Cuts a prompt's part where the program would run mostly padding."""
+    if not plan.works:
+      return
+    total = plan.tokens
+    shapes = self.limits.shapes
+    above = self.limits.shape(total)
+    below = max((shape for shape in shapes if shape <= total), default=0)
+    last = plan.works[-1]
+    excess = total - below
+    if last.draws or not 0 < excess < min(last.count, above - total):
+      return
+    plan.works[-1] = dataclasses.replace(last, count=last.count - excess)
+
+  def _count(self, work: Work) -> None:
+    sequence = work.sequence
+    sequence.computed += work.count
+    sequence.pending += work.draws
+    self._name(sequence)
+
+  def _name(self, sequence: Sequence) -> None:
+    """Makes the pages known that are full."""
+    size = self.pool.page_size
+    full = min(sequence.computed, len(sequence.tokens)) // size
+    if not self.pool.caching or full == sequence.named:
+      return
+    names = sequence.page_names(size, full * size)
+    for at in range(sequence.named, full):
+      self.pool.name(sequence.pages[at], names[at])
+    sequence.named = full
+
+  def _grow(self, sequence: Sequence, plan: Plan) -> bool:
+    """Gives a sequence a page for its next token, perhaps another's."""
+    while sequence.length > len(sequence.pages) * self.pool.page_size:
+      pages = self.pool.allocate(1)
+      if pages is not None:
+        sequence.pages += pages
+        continue
+      taken = {work.sequence for work in plan.works}
+      victim = max(
+        (s for s in self.running if s not in taken), key=lambda s: s.rank
+      )
+      self._preempt(victim, plan)
+      if victim is sequence:
+        return False
+    return True
+
+  def _preempt(self, victim: Sequence, plan: Plan) -> None:
+    plan.preempted.append(Lost(victim, tuple(victim.pages), victim.computed))
+    self.running.remove(victim)
+    self._let_go(victim)
+    victim.computed = victim.named = 0
+    victim.preemptions += 1
+    self.add(victim)
+
+  def _admit_first(self, plan: Plan) -> bool:
+    """Lets the next waiting sequence begin, if it may."""
+    ready = (s for s in self._waiting if not s.pending and not s.held)
+    sequence = next(ready, None)
+    if sequence is None or not self._slots or not self.admits(sequence):
+      return False
+    size = self.pool.page_size
+    # One token at least has to run, for the logits behind it.
+    names = sequence.page_names(size, sequence.length - 1)
+    pages = self.pool.look_up(names)
+    missing = -(-sequence.length // size) - len(pages)
+    more = self.pool.allocate(missing)
+    if more is None:
+      self.pool.release(pages)
+      return False
+    known = len(pages) * size
+    sequence.pages = pages + more
+    if self.stored is not None:
+      known = self.stored.restore(sequence, sequence.pages, known)
+    sequence.computed = known
+    self._name(sequence)
+    sequence.slot = self._slots.pop()
+    sequence.status = Status.RUNNING
+    self._waiting.remove(sequence)
+    self.running.append(sequence)
+    plan.admitted.append((sequence, known))
+    return True
+
+  def admits(self, sequence: Sequence) -> bool:
+    """Whether a sequence may begin, if there are pages for its prompt."""
+    del sequence
+    return True
+
+
+class Lengths:
+  """How many tokens continuations have come to have.
+
+  Args:
+    window: How many of the last ones count.
+  """
+
+  def __init__(self, window: int = 1000):
+    self._last: collections.deque[int] = collections.deque(maxlen=window)
+    self._sorted: list[int] = []
+
+  def add(self, tokens: int) -> None:
+    """Takes in the length of one that ended."""
+    if len(self._last) == self._last.maxlen:
+      self._sorted.pop(bisect.bisect_left(self._sorted, self._last[0]))
+    self._last.append(tokens)
+    bisect.insort(self._sorted, tokens)
+
+  def expect(self, so_far: int, most: int, quantile: float) -> int:
+    """How many there will be, given that there are more than so many."""
+    begin = bisect.bisect_right(self._sorted, so_far)
+    longer = len(self._sorted) - begin
+    if not longer:
+      return most
+    at = begin + min(int(quantile * longer), longer - 1)
+    return min(self._sorted[at], most)
+
+
+class PastFuture(StallFree):
+  """A sequence begins when all that run will have pages until they end.
+
+  How long they will be is guessed from how long others came to be. With
+  sequences in the order of their expected ends, the last first, the first i
+  of them together need
+
+      sum(tokens now of the first i) + i * (tokens still to come of the i-th)
+
+  when the i-th ends; the largest of these must fit.
+
+  Args:
+    limits: Of a step.
+    pool: The pages.
+    stored: Pages outside of the pool; `None` is none.
+    quantile: Which quantile of the lengths of others is expected.
+  """
+
+  def __init__(
+    self,
+    limits: Limits,
+    pool: PagePool,
+    stored: Stored | None = None,
+    *,
+    quantile: float = 0.8,
+  ):
+    super().__init__(limits, pool, stored)
+    if not 0 <= quantile <= 1:
+      raise ValueError(f"quantile={quantile} must be from 0 to 1")
+    self._quantile, self._lengths = quantile, Lengths()
+
+  def remove(self, sequence: Sequence) -> None:
+    """As for any scheduler; remembers how long it came to be."""
+    if sequence.generated:
+      self._lengths.add(sequence.generated)
+    super().remove(sequence)
+
+  def admits(self, sequence: Sequence) -> bool:
+    """Whether it and all that run will have pages until they end."""
+    capacity = self.pool.num_pages * self.pool.page_size
+    # One always may, or nothing would ever run.
+    if not self.running:
+      return True
+    return (
+      future_peak(self._expected(s) for s in (*self.running, sequence))
+      <= capacity
+    )
+
+  def _expected(self, sequence: Sequence) -> tuple[int, int]:
+    size = self.pool.page_size
+    most = sequence.max_length - sequence.prompt_length
+    end = self._lengths.expect(sequence.generated, most, self._quantile)
+    # Whole pages, the last of them perhaps nearly empty.
+    held = -(-sequence.length // size) * size
+    return held, max(end - sequence.generated, 0)
+
+
+def future_peak(sequences: Iterable[tuple[int, int]]) -> int:
+  """The most tokens that sequences will hold at once.
+
+  Args:
+    sequences: Tokens now and tokens still to come of each.
+  """
+  peak = total = 0
+  ordered = sorted(sequences, key=lambda pair: -pair[1])
+  for number, (now, left) in enumerate(ordered, 1):
+    total += now
+    peak = max(peak, total + number * left)
+  return peak
+
+
+SCHEDULERS: dict[str, Callable[..., StallFree]] = {
+  "stall_free": StallFree,
+  "past_future": PastFuture,
+}

@@ -1,0 +1,1 @@
+"""Keys and values of many sequences: pages, who holds them, what is reused."""

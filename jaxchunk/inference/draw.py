@@ -146,7 +146,8 @@ def _moved(
   logits = lax.cond(jnp.any(asked), penalised, lambda logits: logits, logits)
 
   def kept(logits: Array) -> Array:
-    bits = rules.allowed[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)
+    places = jnp.arange(32, dtype=jnp.uint32)[None, None]
+    bits = rules.allowed[:, :, None] >> places
     bits = (bits & 1).reshape(len(logits), -1)[:, :V] > 0
     return jnp.where(bits, logits, -jnp.inf)
 

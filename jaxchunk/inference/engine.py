@@ -21,9 +21,11 @@ from jaxchunk.inference.params import SamplingParams
 from jaxchunk.inference.runner import DeviceRunner
 from jaxchunk.inference.scheduler import SCHEDULERS, Limits
 from jaxchunk.inference.step import StepShape
+from jaxchunk.inference.swap import PageSwap
 from jaxchunk.inference.text import encode_prompt
 from jaxchunk.kv.paged import NARROW, page_bytes, paged_states
 from jaxchunk.kv.pool import PagePool
+from jaxchunk.kv.tiers import HostTier
 from jaxchunk.models.adapter_set import adapter_set
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
@@ -238,7 +240,18 @@ class Engine:
       say=say,
     )
     pool = PagePool(num_pages, config.page_size, caching=config.prefix_cache)
-    scheduler = SCHEDULERS[config.scheduler](limits, pool)
+    self.tier, swap = None, None
+    if config.host_gib:
+      self.tier = HostTier(int(config.host_gib * _GIB))
+      swap = PageSwap(
+        self.runner,
+        self.tier,
+        page_size=config.page_size,
+        num_pages=num_pages,
+        sharing=config.prefix_cache,
+      )
+      self.runner.compile_copies(swap.group)
+    scheduler = SCHEDULERS[config.scheduler](limits, pool, swap)
     self.core = EngineCore(
       self.runner,
       scheduler,
@@ -247,6 +260,7 @@ class Engine:
       tokenizer=tokenizer,
       ends=every_end,
       adapters={name: n for n, name in enumerate(adapters or {})},
+      swap=swap,
       seed=config.seed,
     )
     self._numbers = itertools.count()

@@ -84,8 +84,8 @@ class Assembler:
     widest = shapes[max(shapes)]
     self._slots = widest.max_sequences
     self._tables = np.zeros((self._slots, widest.table), np.int32)
-    # Whose table each is, and how many of its pages stand in it.
-    self._owners: list[Sequence | None] = [None] * self._slots
+    # Whose table each is, since when, and how many of its pages stand in it.
+    self._owners: list[tuple[Sequence, int] | None] = [None] * self._slots
     self._filled = [0] * self._slots
 
   def round_up(self, tokens: int) -> int:
@@ -94,8 +94,10 @@ class Assembler:
 
   def _update_table(self, sequence: Sequence) -> int:
     slot, pages = sequence.slot, sequence.pages
-    if self._owners[slot] is not sequence or self._filled[slot] > len(pages):
-      self._owners[slot], self._filled[slot] = sequence, 0
+    # After a preemption it has other pages, perhaps in the same slot.
+    owner = sequence, sequence.preemptions
+    if self._owners[slot] != owner:
+      self._owners[slot], self._filled[slot] = owner, 0
     filled = self._filled[slot]
     if filled < len(pages):
       self._tables[slot, filled : len(pages)] = pages[filled:]
@@ -238,6 +240,8 @@ class DeviceRunner:
     self._max_sequences = widest.max_sequences
     self.state = self._start(num_pages, widest.max_sequences)
     # On the device already.
+    self._read: Any = None
+    self._write: Any = None
     self._nothing = jax.device_put(self._no_extras(), self._device)
     began = time.perf_counter()
     self._programs = self._compile(by_tokens, say)
@@ -254,7 +258,8 @@ class DeviceRunner:
         jnp.zeros((slots, cfg.vocab_size), jnp.int16),
       )
 
-    return jax.jit(make, device=self._device)()
+    place = jax.sharding.SingleDeviceSharding(self._device)
+    return jax.jit(make, out_shardings=place)()
 
   def _compile(
     self,
@@ -346,13 +351,23 @@ class DeviceRunner:
     """Seconds of a clock that only goes forward."""
     return time.monotonic()
 
+  def compile_copies(self, group: int) -> None:
+    """The programs of `read` and `write`, for so many pages at a time."""
+    numbers = jax.ShapeDtypeStruct((group,), jnp.int32)
+    pages = self.state.pages
+    copies = jax.eval_shape(read_pages, pages, numbers)
+    self._read = jax.jit(read_pages).lower(pages, numbers).compile()
+    writes = jax.jit(write_pages, donate_argnums=(0,))
+    self._write = writes.lower(pages, numbers, copies).compile()
+
   def read(self, numbers: np.ndarray) -> PagedKV:
     """Copies of pages, behind the steps under way."""
-    return _read_program(self.state.pages, numbers)
+    copies: PagedKV = self._read(self.state.pages, numbers)
+    return copies
 
   def write(self, numbers: np.ndarray, copies: PagedKV) -> None:
     """Fills pages, before the steps to come."""
-    pages = _write_program(self.state.pages, numbers, copies)
+    pages = self._write(self.state.pages, numbers, copies)
     self.state = dataclasses.replace(self.state, pages=pages)
 
 
@@ -363,10 +378,6 @@ def _asks(sequence: Sequence) -> bool:
     or sequence.guide is not None
     or sequence.generated < params.min_tokens
   )
-
-
-_read_program = jax.jit(read_pages)
-_write_program = jax.jit(write_pages, donate_argnums=(0,))
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))

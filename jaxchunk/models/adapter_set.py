@@ -51,7 +51,7 @@ def chosen(
   owners: Int[Array, " AR"], numbers: Int[Array, " T"]
 ) -> Float[Array, "T AR"]:
   """1 where a column is of the token's adapter; a token of -1 has none."""
-  return (numbers[:, None] == owners).astype(jnp.float32)
+  return (numbers[:, None] == owners[None]).astype(jnp.float32)
 
 
 class SelectedAdapters(Tape):

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from typing import Protocol
 
+import numpy as np
+
 from jaxchunk.inference.sequence import Sequence, Status, Work
 from jaxchunk.kv.pool import PagePool
 
@@ -295,29 +297,29 @@ class Lengths:
 
   def __init__(self, window: int = 1000):
     self._last: collections.deque[int] = collections.deque(maxlen=window)
-    self._sorted: list[int] = []
+    self._sorted = np.zeros(0, np.int64)
+    self._tails = np.zeros(0, np.int64)
 
   def add(self, tokens: int) -> None:
     """Takes in the length of one that ended."""
-    if len(self._last) == self._last.maxlen:
-      self._sorted.pop(bisect.bisect_left(self._sorted, self._last[0]))
     self._last.append(tokens)
-    bisect.insort(self._sorted, tokens)
+    self._sorted = np.sort(np.fromiter(self._last, np.int64))
+    self._tails = np.cumsum(self._sorted[::-1])[::-1]
 
-  def expect(self, so_far: int, most: int, quantile: float) -> int:
-    """How many there will be, given that there are more than so many."""
-    begin = bisect.bisect_right(self._sorted, so_far)
+  def expect(self, so_far: int, most: int) -> int:
+    """How many there will be on average, given more than so many."""
+    begin = int(np.searchsorted(self._sorted, so_far, side="right"))
     longer = len(self._sorted) - begin
     if not longer:
       return most
-    at = begin + min(int(quantile * longer), longer - 1)
-    return min(self._sorted[at], most)
+    return min(-(-int(self._tails[begin]) // longer), most)
 
 
 class PastFuture(StallFree):
   """A sequence begins when all that run will have pages until they end.
 
-  How long they will be is guessed from how long others came to be. With
+  How long they will be is guessed from how long others came to be, on average
+  of those that were longer than they are by now. With
   sequences in the order of their expected ends, the last first, the first i
   of them together need
 
@@ -329,7 +331,7 @@ class PastFuture(StallFree):
     limits: Of a step.
     pool: The pages.
     stored: Pages outside of the pool; `None` is none.
-    quantile: Which quantile of the lengths of others is expected.
+    reserve: Part of the pages that is left for those that become longer.
   """
 
   def __init__(
@@ -338,12 +340,12 @@ class PastFuture(StallFree):
     pool: PagePool,
     stored: Stored | None = None,
     *,
-    quantile: float = 0.8,
+    reserve: float = 0.05,
   ):
     super().__init__(limits, pool, stored)
-    if not 0 <= quantile <= 1:
-      raise ValueError(f"quantile={quantile} must be from 0 to 1")
-    self._quantile, self._lengths = quantile, Lengths()
+    if not 0 <= reserve < 1:
+      raise ValueError(f"reserve={reserve} must be at least 0 and below 1")
+    self._reserve, self._lengths = reserve, Lengths()
 
   def remove(self, sequence: Sequence) -> None:
     """As for any scheduler; remembers how long it came to be."""
@@ -353,19 +355,22 @@ class PastFuture(StallFree):
 
   def admits(self, sequence: Sequence) -> bool:
     """Whether it and all that run will have pages until they end."""
-    capacity = self.pool.num_pages * self.pool.page_size
     # One always may, or nothing would ever run.
     if not self.running:
       return True
-    return (
-      future_peak(self._expected(s) for s in (*self.running, sequence))
-      <= capacity
-    )
+    pool = self.pool
+    names = sequence.page_names(pool.page_size, sequence.length - 1)
+    # A page of several sequences is needed once.
+    twice = sum(len(s.pages) for s in self.running) - pool.held
+    twice += pool.count_shared(names)
+    pages = pool.num_pages * (1 - self._reserve) + twice
+    every = (*self.running, sequence)
+    return future_peak(map(self._expected, every)) <= pages * pool.page_size
 
   def _expected(self, sequence: Sequence) -> tuple[int, int]:
     size = self.pool.page_size
     most = sequence.max_length - sequence.prompt_length
-    end = self._lengths.expect(sequence.generated, most, self._quantile)
+    end = self._lengths.expect(sequence.generated, most)
     # Whole pages, the last of them perhaps nearly empty.
     held = -(-sequence.length // size) * size
     return held, max(end - sequence.generated, 0)

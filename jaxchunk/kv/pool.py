@@ -161,13 +161,12 @@ class PagePool:
     self.stats.found += len(found)
     return found
 
-  def count_idle(self, pages: Iterable[int]) -> int:
-    """How many of these nobody holds."""
-    return sum(page in self._idle for page in pages)
-
-  def knows(self, name: PageHash) -> bool:
-    """Whether a page of this name is there."""
-    return name in self._known
+  def count_shared(self, names: Iterable[PageHash]) -> int:
+    """How many of the pages of these names somebody holds now."""
+    return sum(
+      page is not None and self._holders[page] > 0
+      for page in map(self._known.get, names)
+    )
 
   def forget(self) -> None:
     """Makes all pages unknown, as after new weights."""

@@ -1,6 +1,7 @@
 """The engine against one prompt at a time, over random traces."""
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -61,7 +62,13 @@ def alone(model):
 
 
 def make_core(
-  runner, *, pages=PAGES, scheduler="stall_free", caching=True, tier=None, **more
+  runner,
+  *,
+  pages=PAGES,
+  scheduler="stall_free",
+  caching=True,
+  tier=None,
+  **more,
 ):
   sizes = tuple(shape.tokens for shape in step_shapes(SIZES, LENGTH))
   limits = Limits(
@@ -150,11 +157,11 @@ def test_random_traces_equal_one_at_a_time(runner, alone, way):
       )
       requests.append(request)
       at = int(rng.integers(0, 12))
-      late.setdefault(at, []).append(lambda r=request: core.add(r))
+      late.setdefault(at, []).append(functools.partial(core.add, request))
       if rng.random() < 0.2:
         stop = at + int(rng.integers(1, 8))
-        name = request.request_id
-        late.setdefault(stop, []).append(lambda n=name: core.cancel(n))
+        cancel = functools.partial(core.cancel, request.request_id)
+        late.setdefault(stop, []).append(cancel)
     tokens, reasons = run(core, late=late)
     for request in requests:
       expected = alone(request.prompt, request.params.max_tokens)
@@ -367,7 +374,9 @@ def test_continuations_never_wait_for_a_prompt():
   came = []
   while core.has_work:
     came += [
-      event.time for event in core.step() if event.sequence.request_id == "short"
+      event.time
+      for event in core.step()
+      if event.sequence.request_id == "short"
     ]
   # A token in each step.
   assert len(came) == 39

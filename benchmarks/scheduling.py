@@ -17,6 +17,7 @@ from absl import app, flags
 from common import report, rounded
 
 from jaxchunk.inference.core import EngineCore, Request
+from jaxchunk.inference.cost import LinearCost
 from jaxchunk.inference.engine import EngineConfig, step_shapes
 from jaxchunk.inference.params import SamplingParams
 from jaxchunk.inference.runner import Assembler
@@ -24,7 +25,6 @@ from jaxchunk.inference.scheduler import SCHEDULERS, Limits
 from jaxchunk.inference.simulate import (
   Arrival,
   SimulatedRunner,
-  StepCost,
   simulate,
 )
 from jaxchunk.kv.pool import PagePool
@@ -36,7 +36,7 @@ _RUNNING = flags.DEFINE_integer("running", 64, "Requests of part=host.")
 
 _PAGE, _LENGTH = 64, 4096
 # About an 8B in bf16 on an H100: weights at 3 TB/s, products at 400 TFLOP/s.
-_COST = StepCost(step=5.5e-3, token=4e-5, key=1e-9)
+_COST = LinearCost(step=5.5e-3, token=4e-5, key=1e-9)
 
 
 def host_seconds(running: int, steps: int = 400) -> dict[str, float]:

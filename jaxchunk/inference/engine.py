@@ -44,6 +44,9 @@ class EngineConfig:
     step_tokens: Tokens that a step has room for: one for each sequence that
       draws, the rest for parts of prompts. Fewer make long prompts slower and
       disturb the others less.
+    max_slowdown: How many times as long a step may take for parts of prompts
+      in it, while sequences draw: smoother answers, slower prompts. `None` is
+      any. Programs are timed at the start then.
     prompts_at_once: Prompts of which parts run in one step.
     kv_gib: Memory for keys and values, in GiB.
     num_pages: Pages for these; `None` is as many as `kv_gib` holds.
@@ -61,6 +64,7 @@ class EngineConfig:
   max_length: int | None = None
   max_sequences: int = 16
   step_tokens: int = 256
+  max_slowdown: float | None = None
   prompts_at_once: int = 4
   kv_gib: float = 1.0
   num_pages: int | None = None
@@ -98,6 +102,8 @@ class EngineConfig:
         f"step_tokens={self.step_tokens} must be at least max_sequences="
         f"{self.max_sequences}: each takes one of a step's tokens"
       )
+    if self.max_slowdown is not None and not self.max_slowdown > 1:
+      raise ValueError(f"max_slowdown={self.max_slowdown} must be above 1")
     if self.scheduler not in SCHEDULERS:
       raise ValueError(
         f"scheduler={self.scheduler!r} must be one of {list(SCHEDULERS)}"
@@ -226,6 +232,7 @@ class Engine:
       sequences=config.max_sequences,
       prompts=config.prompts_at_once,
       shapes=tuple(shape.tokens for shape in shapes),
+      slowdown=config.max_slowdown,
     )
     every_end = {*ends}
     if tokenizer is not None and tokenizer.eos_id is not None:
@@ -251,7 +258,8 @@ class Engine:
         sharing=config.prefix_cache,
       )
       self.runner.compile_copies(swap.group)
-    scheduler = SCHEDULERS[config.scheduler](limits, pool, swap)
+    cost = self.runner.measure() if config.max_slowdown else None
+    scheduler = SCHEDULERS[config.scheduler](limits, pool, swap, cost=cost)
     self.core = EngineCore(
       self.runner,
       scheduler,
@@ -431,12 +439,10 @@ def max_length_of(cfg: ModelConfig, config: EngineConfig) -> int:
 
 
 def step_shapes(config: EngineConfig, length: int) -> list[StepShape]:
-  """The steps that an engine compiles: powers of two, and the largest."""
-  sizes = [1]
-  while sizes[-1] * 2 < config.step_tokens:
-    sizes.append(sizes[-1] * 2)
-  if config.step_tokens > 1:
-    sizes.append(config.step_tokens)
+  """The steps that an engine compiles: 1, 2, 4, 8, 12, 16, 24, 32, 48, ..."""
+  powers = [2**n for n in range(config.step_tokens.bit_length())]
+  between = [power + power // 2 for power in powers if power >= 8]
+  sizes = {size for size in powers + between if size < config.step_tokens}
   return [
     StepShape(
       tokens=tokens,
@@ -445,5 +451,5 @@ def step_shapes(config: EngineConfig, length: int) -> list[StepShape]:
       query_block=config.query_block,
       table=-(-length // config.page_size),
     )
-    for tokens in sizes
+    for tokens in sorted({*sizes, config.step_tokens})
   ]

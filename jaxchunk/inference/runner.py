@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxchunk.inference.cost import MeasuredCost, keys_read
 from jaxchunk.inference.draw import PROMPT, Drawn
-from jaxchunk.inference.params import MAX_BIASES
+from jaxchunk.inference.params import MAX_BIASES, SamplingParams
 from jaxchunk.inference.programs import LayeredSteps, Run, whole_step
 from jaxchunk.inference.scheduler import Plan
 from jaxchunk.inference.sequence import Sequence, Work
@@ -117,7 +118,8 @@ class Assembler:
     v["draw_slot"].fill(self._slots)
     at = single = several = draws = 0
     slots = [self._update_table(work.sequence) for work in works]
-    v["tables"][: len(works), 0] = self._tables[slots]
+    if slots:
+      v["tables"][: len(works), 0] = self._tables[slots]
     for owner, work in enumerate(works):
       sequence, start, count = work.sequence, work.start, work.count
       end = at + count
@@ -238,6 +240,7 @@ class DeviceRunner:
     self._assembler = Assembler(by_tokens, states[0].page_size, num_pages)
     widest = by_tokens[max(by_tokens)]
     self._max_sequences = widest.max_sequences
+    self._num_pages = num_pages
     self.state = self._start(num_pages, widest.max_sequences)
     # On the device already.
     self._read: Any = None
@@ -351,6 +354,36 @@ class DeviceRunner:
     """Seconds of a clock that only goes forward."""
     return time.monotonic()
 
+  def measure(self) -> MeasuredCost:
+    """Times the programs; the pages' contents are lost."""
+    steps = [self._time([], tokens) for tokens in self._programs]
+    at = min(len(self._programs) - 1, _TIMED)
+    tokens = list(self._programs)[at]
+    shape = self._programs[tokens].shape
+    Z = self._states[0].page_size
+    pages = list(range(min(shape.table, self._num_pages)))
+    start = len(pages) * Z - tokens
+    if start < tokens:
+      return MeasuredCost(tuple(self._programs), tuple(steps), 0.0)
+    sequence = timing_sequence(pages, start + tokens)
+    work = Work(sequence, start, tokens, draws=False)
+    more = self._time([work], tokens) - steps[at]
+    key = max(more, 0.0) / keys_read(start, tokens)
+    return MeasuredCost(tuple(self._programs), tuple(steps), key)
+
+  def _time(self, works: Many[Work], tokens: int) -> float:
+    """The least seconds of a step."""
+    best = float("inf")
+    for _ in range(3):
+      packed = self._assembler.pack(works, tokens)
+      jax.block_until_ready(self.state)
+      began = time.perf_counter()
+      run = self._programs[tokens].run
+      self.state, _ = run(self.state, packed, 0, self._nothing)
+      jax.block_until_ready(self.state)
+      best = min(best, time.perf_counter() - began)
+    return best
+
   def compile_copies(self, group: int) -> None:
     """The programs of `read` and `write`, for so many pages at a time."""
     numbers = jax.ShapeDtypeStruct((group,), jnp.int32)
@@ -369,6 +402,28 @@ class DeviceRunner:
     """Fills pages, before the steps to come."""
     pages = self._write(self.state.pages, numbers, copies)
     self.state = dataclasses.replace(self.state, pages=pages)
+
+
+# Of the programs, in order: that of 64 tokens, more or less.
+_TIMED = 8
+
+
+def timing_sequence(pages: list[int], length: int) -> Sequence:
+  """A sequence of nothing that holds pages, in slot 0."""
+  sequence = Sequence(
+    request_id="timing",
+    index=0,
+    tokens=[0] * length,
+    prompt_length=length,
+    max_length=length + 1,
+    params=SamplingParams(),
+    seed=0,
+    priority=0,
+    arrival=0.0,
+    root=b"",
+  )
+  sequence.pages, sequence.slot = pages, 0
+  return sequence
 
 
 def _asks(sequence: Sequence) -> bool:

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxchunk.inference.cost import Cost, keys_of, keys_read
 from jaxchunk.inference.sequence import Sequence, Status, Work
 from jaxchunk.kv.pool import PagePool
 
@@ -33,12 +34,15 @@ class Limits:
     prompts: Of which parts may run in one step.
     shapes: Numbers of tokens that programs are compiled for, ascending; the
       last is `tokens`.
+    slowdown: How many times as long a step with parts of prompts may take as
+      one without, while sequences draw; `None` is any.
   """
 
   tokens: int
   sequences: int
   prompts: int
   shapes: tuple[int, ...]
+  slowdown: float | None = None
 
   def shape(self, tokens: int) -> int:
     """The least shape with room for so many."""
@@ -126,12 +130,21 @@ class StallFree:
     limits: Of a step.
     pool: The pages.
     stored: Pages outside of the pool; `None` is none.
+    cost: What a step takes, for `limits.slowdown`.
   """
 
   def __init__(
-    self, limits: Limits, pool: PagePool, stored: Stored | None = None
+    self,
+    limits: Limits,
+    pool: PagePool,
+    stored: Stored | None = None,
+    *,
+    cost: Cost | None = None,
   ):
     self.limits, self.pool, self.stored = limits, pool, stored
+    self._cost = cost
+    # Of the step that is planned; `None` is any.
+    self._seconds: float | None = None
     self.running: list[Sequence] = []
     self._waiting: list[Sequence] = []
     self._slots = list(range(limits.sequences - 1, -1, -1))
@@ -165,12 +178,14 @@ class StallFree:
     """The next step. Sequences count it as done."""
     plan = Plan()
     room = self.limits.tokens
+    self._seconds = None
     drawing = [s for s in self.running if s.remaining == 1 and s.can_go_on]
     for sequence in drawing:
       # It may have lost its pages to one before.
       if sequence.status is Status.RUNNING and self._grow(sequence, plan):
         self._take(sequence, 1, plan)
         room -= 1
+    self._seconds = self._allowed(plan)
     prompts = 0
     for sequence in self.running:
       if room < 1 or prompts == self.limits.prompts:
@@ -194,10 +209,36 @@ class StallFree:
 
   def _take(self, sequence: Sequence, room: int, plan: Plan) -> int:
     """Lets a sequence run as many tokens as there is room for."""
-    count = min(sequence.remaining, room)
+    count = min(sequence.remaining, self._affordable(sequence, room, plan))
     draws = count == sequence.remaining
     plan.works.append(Work(sequence, sequence.computed, count, draws))
     return count
+
+  def _allowed(self, plan: Plan) -> float | None:
+    """Seconds that a step may take which has these sequences drawing."""
+    slowdown = self.limits.slowdown
+    if slowdown is None or self._cost is None or not plan.works:
+      return None
+    keys = keys_of(plan.works)
+    return slowdown * self._cost.seconds(plan.tokens, keys)
+
+  def _affordable(self, sequence: Sequence, room: int, plan: Plan) -> int:
+    """How many of a sequence's tokens keep a step within its seconds.
+
+    Some always, up to the next shape, or a prompt might never end.
+    """
+    if self._seconds is None or self._cost is None:
+      return room
+    total, keys = plan.tokens, keys_of(plan.works)
+    least = self.limits.shape(min(total + 1, self.limits.tokens)) - total
+    for shape in reversed(self.limits.shapes):
+      count = min(shape - total, room, sequence.remaining)
+      if count <= least:
+        break
+      more = keys + keys_read(sequence.computed, count)
+      if self._cost.seconds(total + count, more) <= self._seconds:
+        return count
+    return max(min(least, room), 1)
 
   def _fit(self, plan: Plan) -> None:
     """Cuts a prompt's part where the program would run mostly padding."""
@@ -331,6 +372,7 @@ class PastFuture(StallFree):
     limits: Of a step.
     pool: The pages.
     stored: Pages outside of the pool; `None` is none.
+    cost: What a step takes, for `limits.slowdown`.
     reserve: Part of the pages that is left for those that become longer.
   """
 
@@ -340,9 +382,10 @@ class PastFuture(StallFree):
     pool: PagePool,
     stored: Stored | None = None,
     *,
+    cost: Cost | None = None,
     reserve: float = 0.05,
   ):
-    super().__init__(limits, pool, stored)
+    super().__init__(limits, pool, stored, cost=cost)
     if not 0 <= reserve < 1:
       raise ValueError(f"reserve={reserve} must be at least 0 and below 1")
     self._reserve, self._lengths = reserve, Lengths()

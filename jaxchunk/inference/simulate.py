@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxchunk.inference.core import EngineCore, Request
+from jaxchunk.inference.cost import Cost, keys_of
 from jaxchunk.inference.draw import Drawn
 from jaxchunk.inference.params import SamplingParams
 from jaxchunk.inference.runner import Assembler
@@ -20,28 +21,6 @@ from jaxchunk.inference.sequence import Work
 from jaxchunk.kv.pool import PagePool
 
 _END = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepCost:
-  """Seconds of a step.
-
-  Attributes:
-    step: Of any step: the model's weights are read once.
-    token: Of each token, beside.
-    key: Of each key that a query reads.
-  """
-
-  step: float
-  token: float
-  key: float
-
-  def seconds(self, plan: Plan) -> float:
-    """What a plan takes."""
-    keys = sum(
-      work.count * (work.start + (work.count + 1) / 2) for work in plan.works
-    )
-    return self.step + self.token * plan.tokens + self.key * keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +64,7 @@ class SimulatedRunner:
 
   def __init__(
     self,
-    cost: StepCost,
+    cost: Cost,
     lengths: dict[str, int],
     assembler: Assembler | None = None,
   ):
@@ -98,7 +77,8 @@ class SimulatedRunner:
       size = self._assembler.round_up(plan.tokens)
       self._assembler.pack(plan.works, size)
     begin = max(self._clock, self._busy)
-    self._busy = begin + self._cost.seconds(plan)
+    seconds = self._cost.seconds(plan.tokens, keys_of(plan.works))
+    self._busy = begin + seconds
     draws = [work for work in plan.works if work.draws]
     return SimulatedTicket(draws, self._busy, self)
 
@@ -179,7 +159,7 @@ def simulate(
   limits: Limits,
   num_pages: int,
   page_size: int,
-  cost: StepCost,
+  cost: Cost,
   max_length: int,
   caching: bool = True,
 ) -> Simulation:

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, UInt
 
 from jaxchunk.inference.params import MAX_LOGPROBS
 
@@ -22,6 +23,7 @@ PROMPT = 1 << 14
 """In counts of tokens: the token is in the prompt."""
 
 _BLOCK = 256
+_ALL = np.uint32(0xFFFFFFFF)
 
 
 @jax.tree_util.register_dataclass
@@ -80,48 +82,100 @@ class Drawn:
 
 
 def draw(
-  logits: Float[Array, "R V"], rules: Rules, counts: Int[Array, "R V"]
+  logits: Float[Array, "R V"] | Float[Array, "V R"],
+  rules: Rules,
+  counts: Int[Array, "S V"],
+  slots: Int[Array, " R"],
+  *,
+  turned: bool = False,
 ) -> Drawn:
   """Draws a token for every row.
 
   Args:
     logits: Of the model, in fp32.
     rules: Of each row.
-    counts: How often each token came, `PROMPT` added if it is in the prompt;
-      read only where a row asks for a penalty.
+    counts: How often each token came in each slot, `PROMPT` added if it is in
+      the prompt; read only where a row asks for a penalty.
+    slots: Of the rows.
+    turned: Whether the logits are `[V,R]`.
   """
-  moved = _moved(logits, rules, counts)
+  axis = 0 if turned else 1
+  V = logits.shape[axis]
+  asked = (rules.temperature > 0) | rules.logprobs | _penalised(rules)
+  asked |= jnp.any(rules.bias_ids < V, axis=1)
+  asked |= jnp.any(rules.allowed != _ALL, axis=1)
+  likely = min(MAX_LOGPROBS, V)
+
+  def plain() -> Drawn:
+    # Of the logits as they came: nothing is copied.
+    return _without_report(_likeliest(logits, axis), likely, logits.dtype)
+
+  def ruled() -> Drawn:
+    rows = logits.T if turned else logits
+    return _ruled(rows, rules, counts, slots, likely)
+
+  drawn: Drawn = lax.cond(jnp.any(asked), ruled, plain)
+  return drawn
+
+
+def _ruled(
+  logits: Float[Array, "R V"],
+  rules: Rules,
+  counts: Int[Array, "S V"],
+  slots: Int[Array, " R"],
+  likely: int,
+) -> Drawn:
+  moved = _moved(logits, rules, counts, slots)
   tokens = lax.cond(
     jnp.any(rules.temperature > 0),
     lambda: jnp.where(
-      rules.temperature > 0, _random(moved, rules), _likeliest(moved)
+      rules.temperature > 0, _random(moved, rules), _likeliest(moved, 1)
     ),
-    lambda: _likeliest(moved),
+    lambda: _likeliest(moved, 1),
   )
-  likely = min(MAX_LOGPROBS, logits.shape[1])
 
-  def report() -> tuple[Array, Array, Array]:
+  def reported() -> Drawn:
     # Normalised first: differences of large numbers would be rounded.
     log_p = jax.nn.log_softmax(logits)
     top, ids = lax.top_k(log_p, likely)
     own = jnp.take_along_axis(log_p, tokens[:, None], 1)[:, 0]
-    return own, ids.astype(jnp.int32), top
+    return Drawn(tokens, own, ids.astype(jnp.int32), top)
 
-  def nothing() -> tuple[Array, Array, Array]:
-    shape = (logits.shape[0], likely)
-    zeros = jnp.zeros(shape, logits.dtype)
-    return zeros[:, 0], jnp.zeros(shape, jnp.int32), zeros
+  def silent() -> Drawn:
+    return _without_report(tokens, likely, logits.dtype)
 
-  own, ids, top = lax.cond(jnp.any(rules.logprobs), report, nothing)
-  return Drawn(tokens, own, ids, top)
+  drawn: Drawn = lax.cond(jnp.any(rules.logprobs), reported, silent)
+  return drawn
 
 
-def _likeliest(logits: Float[Array, "R V"]) -> Int[Array, " R"]:
-  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+def _without_report(
+  tokens: Int[Array, " R"], likely: int, dtype: DTypeLike
+) -> Drawn:
+  shape = (len(tokens), likely)
+  zeros = jnp.zeros(shape, dtype)
+  return Drawn(tokens, zeros[:, 0], jnp.zeros(shape, jnp.int32), zeros)
+
+
+def _likeliest(logits: Array, axis: int) -> Int[Array, " R"]:
+  """The first of the largest: two plain reductions, quicker than argmax."""
+  largest = jnp.max(logits, axis=axis, keepdims=True)
+  V = logits.shape[axis]
+  place = lax.broadcasted_iota(jnp.int32, logits.shape, axis)
+  found = jnp.min(jnp.where(logits == largest, place, V), axis=axis)
+  # Of logits that are not numbers, none is the largest.
+  return jnp.minimum(found, V - 1)
+
+
+def _penalised(rules: Rules) -> Bool[Array, " R"]:
+  asked = (rules.repetition != 1) | (rules.presence != 0)
+  return asked | (rules.frequency != 0)
 
 
 def _moved(
-  logits: Float[Array, "R V"], rules: Rules, counts: Int[Array, "R V"]
+  logits: Float[Array, "R V"],
+  rules: Rules,
+  counts: Int[Array, "S V"],
+  slots: Int[Array, " R"],
 ) -> Float[Array, "R V"]:
   """Logits with biases, penalties, and without what may not come."""
   V = logits.shape[1]
@@ -135,15 +189,16 @@ def _moved(
   )
 
   def penalised(logits: Array) -> Array:
-    since = (counts & (PROMPT - 1)).astype(logits.dtype)
-    factor = jnp.where(counts > 0, rules.repetition[:, None], 1)
+    own = counts.at[slots].get(mode="clip")
+    since = (own & (PROMPT - 1)).astype(logits.dtype)
+    factor = jnp.where(own > 0, rules.repetition[:, None], 1)
     logits = jnp.where(logits > 0, logits / factor, logits * factor)
     logits -= rules.presence[:, None] * (since > 0)
     return logits - rules.frequency[:, None] * since
 
-  asked = (rules.repetition != 1) | (rules.presence != 0)
-  asked |= rules.frequency != 0
-  logits = lax.cond(jnp.any(asked), penalised, lambda logits: logits, logits)
+  logits = lax.cond(
+    jnp.any(_penalised(rules)), penalised, lambda logits: logits, logits
+  )
 
   def kept(logits: Array) -> Array:
     places = jnp.arange(32, dtype=jnp.uint32)[None, None]
@@ -151,9 +206,8 @@ def _moved(
     bits = (bits & 1).reshape(len(logits), -1)[:, :V] > 0
     return jnp.where(bits, logits, -jnp.inf)
 
-  full = jnp.uint32(0xFFFFFFFF)
   return lax.cond(
-    jnp.any(rules.allowed != full), kept, lambda logits: logits, logits
+    jnp.any(rules.allowed != _ALL), kept, lambda logits: logits, logits
   )
 
 

@@ -2,7 +2,8 @@
 
 On an accelerator a step is one program that loops over the stacked layers. On
 CPU a layer that is cut out of a stack is copied, which doubles the memory that
-a step of few tokens reads; there a step is a program for what comes before the
+a step of few tokens reads, and products of few tokens are faster with turned
+matrices; there a step is a program for what comes before the
 layers, one that is called for each layer with its own arrays, and one for what
 comes behind. Neither takes longer to compile for more layers.
 """
@@ -31,10 +32,13 @@ from jaxchunk.inference.step import (
 )
 from jaxchunk.kv.paged import PagedState
 from jaxchunk.models.adapter_set import AdapterSet
-from jaxchunk.models.transformer import Transformer, layer_of
+from jaxchunk.models.transformer import Transformer, layer_of, turn
 
 # A state, the packed numbers, how many draws there are, and extras.
 Run = Callable[[State, Any, int, Extras], tuple[State, Drawn | None]]
+
+# Draws for which the head's matrix is better on the left; see models.turned.
+_FEW = 16
 
 _whole = jax.jit(
   run_step, static_argnames=("shape", "states"), donate_argnames=("state",)
@@ -117,7 +121,7 @@ class LayeredSteps:
     period = len(states)
     for number in range(model.cfg.num_layers):
       position, index = number % period, number // period
-      block = layer_of(model.blocks[position], index)
+      block = turn(layer_of(model.blocks[position], index))
       factors = None if adapters is None else adapters.layer(position, index)
       arrays, rebuild = _flattened((block, factors))
       if number < period:
@@ -190,7 +194,14 @@ class LayeredSteps:
       return
 
     def run(ends: Any, draws: Any, last: Any, counts: Any, *, size: int) -> Any:
-      return run_draws(self._model_of(ends), draws, last, counts, size=size)
+      return run_draws(
+        self._model_of(ends),
+        draws,
+        last,
+        counts,
+        size=size,
+        turned=size <= _FEW,
+      )
 
     program = jax.jit(run, static_argnames=("size",), donate_argnums=(2, 3))
     for size in draw_sizes(len(draws.slots)):

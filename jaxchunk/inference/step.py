@@ -32,6 +32,7 @@ from jaxchunk.models.transformer import (
   Transformer,
   layer_of,
 )
+from jaxchunk.models.turned import turned_logits
 
 # Beyond every token and slot.
 _NONE = 2**30
@@ -342,6 +343,7 @@ def run_draws(
   counts: Int[Array, "S V"],
   *,
   size: int,
+  turned: bool = False,
 ) -> tuple[Int[Array, " S"], Int[Array, "S V"], Drawn]:
   """The first `size` draws.
 
@@ -351,14 +353,18 @@ def run_draws(
     last: The last token drawn for each slot.
     counts: How often each token came in each slot.
     size: How many; the last of them may be of no use.
+    turned: Whether the head's matrix stands on the left of its product.
 
   Returns:
     `last` and `counts` with the new tokens, and these.
   """
   few = jax.tree.map(lambda a: a[:size], draws)
-  logits = model.logits(model.final_norm(few.x[None]))[0]
-  own = counts.at[few.slots].get(mode="fill", fill_value=0)
-  drawn = draw(logits, few.rules, own)
+  x = model.final_norm(few.x)
+  if turned:
+    logits = model.cap(turned_logits(x, model.unembed))
+  else:
+    logits = model.logits(x[None])[0]
+  drawn = draw(logits, few.rules, counts, few.slots, turned=turned)
   last = last.at[few.slots].set(drawn.tokens, mode="drop")
   counts = counts.at[few.slots, drawn.tokens].add(1, mode="drop")
   return last, counts, drawn

@@ -93,7 +93,7 @@ def filled_model(
   wanted = list(tensors_of(cfg, fused=fused, experts=experts))
   found = _match(source, wanted, cfg, name)
   _check_shapes(source, wanted, found, params)
-  filled: dict[ParamPath, Matrix] = {}
+  filled: dict[ParamPath, Any] = {}
   for tensor in tqdm(
     wanted, desc="loading", unit="tensor", delay=_QUIET_SECONDS
   ):

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Integer
 
+from jaxchunk.models.turned import Turned
+
 Kind = Literal["nf4", "int8"]
 
 # Quantiles of a normal distribution, scaled to [-1, 1]; 0 is among them
@@ -102,7 +104,7 @@ class Quantized:
     return values.reshape(self.shape).astype(dtype)
 
 
-Matrix = Array | Quantized
+Matrix = Array | Quantized | Turned
 
 
 def quantized(
@@ -142,7 +144,7 @@ def quantized(
 
 def widened(matrix: Matrix, dtype: DTypeLike) -> Float[Array, "..."]:
   """A matrix as an array of a dtype, however it is held."""
-  if isinstance(matrix, Quantized):
+  if isinstance(matrix, Quantized | Turned):
     return matrix.widened(dtype)
   return matrix.astype(dtype)
 

@@ -23,6 +23,7 @@ from jaxtyping import Array
 from jaxchunk.kernels.vma import match_primal
 from jaxchunk.models.quantized import Matrix, Quantized, widened
 from jaxchunk.models.ragged import ragged_product, replayed_ragged_product
+from jaxchunk.models.turned import Turned
 
 
 class Tape:
@@ -56,7 +57,8 @@ class Tape:
       spec: Einsum of two operands in which every letter occurs twice.
       x: Activations.
       w: Weights; cast to x's dtype, differentiated in at least fp32. Quantized
-        ones are widened where they are used, and have no gradient.
+        ones are widened where they are used; they and those that are turned
+        have no gradient.
       keep: Whether the backward pass reads the output.
       like: What the output varies like, inside a `jax.shard_map` whose devices
         have parts of what is summed: the parts' products are added up.
@@ -137,6 +139,8 @@ class Tape:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(spec: str, x: Array, w: Matrix) -> Array:
+  if isinstance(w, Turned):
+    return w.product(spec, x)
   return jnp.einsum(spec, x, widened(w, x.dtype))
 
 
@@ -149,7 +153,7 @@ def _product_bwd(
 ) -> tuple[Array, Array | None]:
   x, w = saved
   dx = _input_gradient(spec, x, w, dy)
-  if isinstance(w, Quantized):
+  if isinstance(w, Quantized | Turned):
     return dx, None
   return dx, _weight_gradient(spec, x, w, dy)
 

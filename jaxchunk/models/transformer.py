@@ -22,11 +22,12 @@ from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.dropout import DropoutKeys, dropout
-from jaxchunk.models.lora import Adapter
+from jaxchunk.models.lora import LINEARS, Adapter
 from jaxchunk.models.moe import Experts, RouterSums
 from jaxchunk.models.quantized import Matrix, QuantizedKernel
 from jaxchunk.models.rope import Rope, rope_tables, rotate
 from jaxchunk.models.tape import Tape
+from jaxchunk.models.turned import TurnedKernel
 
 RopeTables = dict[Rope, tuple[Array, Array]]
 
@@ -57,7 +58,9 @@ class Linear(nnx.Module):
     dtype = jnp.dtype(cfg.param_dtype)
     kernel = jax.random.normal(rngs.params(), (inputs, outputs), dtype)
     kernel = kernel * gain * inputs**-0.5
-    self.kernel: nnx.Param[Array] | QuantizedKernel = nnx.Param(kernel)
+    self.kernel: nnx.Param[Array] | QuantizedKernel | TurnedKernel = nnx.Param(
+      kernel
+    )
     if cfg.quantization is not None:
       self.kernel = QuantizedKernel(kernel, cfg.quantization)
     self.bias = nnx.data(nnx.Param(jnp.zeros(outputs, dtype)) if bias else None)
@@ -70,7 +73,7 @@ class Linear(nnx.Module):
   @property
   def matrix(self) -> Matrix:
     """The kernel as it is held; of a stack of layers, all of them."""
-    if isinstance(self.kernel, QuantizedKernel):
+    if isinstance(self.kernel, QuantizedKernel | TurnedKernel):
       return self.kernel.matrix
     return self.kernel[...]
 
@@ -484,6 +487,10 @@ class Transformer(nnx.Module):
     wide = jnp.promote_types(x.dtype, jnp.float32)
     w = self.unembed.astype(x.dtype)
     logits = jnp.einsum("BTD,VD->BTV", x, w, preferred_element_type=wide)
+    return self.cap(logits)
+
+  def cap(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """Logits with the soft-cap, if the model has one."""
     cap = self.cfg.logit_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -497,6 +504,19 @@ def _in_order(stacks: list[Any]) -> Any:
   return jax.tree.map(
     lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *stacks
   )
+
+
+def turn(block: Block) -> Block:
+  """A layer that shares the arrays of another, its matrices turned.
+
+  Quantized ones stay, and so do experts.
+  """
+  turned: Block = nnx.merge(*nnx.split(block))
+  for name in LINEARS:
+    linear = getattr(turned, name, None)
+    if linear is not None and not isinstance(linear.kernel, QuantizedKernel):
+      linear.kernel = TurnedKernel(linear.kernel[...])
+  return turned
 
 
 def layer_of(stack: Any, index: Any) -> Any:

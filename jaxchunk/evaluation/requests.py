@@ -16,8 +16,9 @@ from jaxchunk.data.tokenizers import Ids, Tokenizer
 from jaxchunk.evaluation.lengths import check_lengths
 from jaxchunk.evaluation.text import begin_ids, encode_pairs
 from jaxchunk.inference.generate import generate
+from jaxchunk.inference.prompt import encode_prompt
 from jaxchunk.inference.sampling import Sampler
-from jaxchunk.inference.text import encode_prompt, stream_text
+from jaxchunk.inference.text import stream_text
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.types import Example, split_by_tokens
 

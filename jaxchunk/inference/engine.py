@@ -18,11 +18,11 @@ from jaxchunk.data.tokenizers import Tokenizer
 from jaxchunk.inference.core import EngineCore, Request
 from jaxchunk.inference.output import Event, FinishReason, TokenLogprobs
 from jaxchunk.inference.params import SamplingParams
+from jaxchunk.inference.prompt import encode_prompt
 from jaxchunk.inference.runner import DeviceRunner
 from jaxchunk.inference.scheduler import SCHEDULERS, Limits
 from jaxchunk.inference.step import StepShape
 from jaxchunk.inference.swap import PageSwap
-from jaxchunk.inference.text import encode_prompt
 from jaxchunk.kv.paged import NARROW, page_bytes, paged_states
 from jaxchunk.kv.pool import PagePool
 from jaxchunk.kv.tiers import HostTier
@@ -44,6 +44,8 @@ class EngineConfig:
     step_tokens: Tokens that a step has room for: one for each sequence that
       draws, the rest for parts of prompts. Fewer make long prompts slower and
       disturb the others less.
+    step_sizes: Tokens that steps are compiled for, the largest `step_tokens`;
+      `None` is 1, 2, 4, 8, 12, 16, 24, ... Fewer start sooner and pad more.
     max_slowdown: How many times as long a step may take for parts of prompts
       in it, while sequences draw: smoother answers, slower prompts. `None` is
       any. Programs are timed at the start then.
@@ -64,6 +66,7 @@ class EngineConfig:
   max_length: int | None = None
   max_sequences: int = 16
   step_tokens: int = 256
+  step_sizes: tuple[int, ...] | None = None
   max_slowdown: float | None = None
   prompts_at_once: int = 4
   kv_gib: float = 1.0
@@ -101,6 +104,14 @@ class EngineConfig:
       raise ValueError(
         f"step_tokens={self.step_tokens} must be at least max_sequences="
         f"{self.max_sequences}: each takes one of a step's tokens"
+      )
+    sizes = self.step_sizes
+    if sizes is not None and (
+      not sizes or min(sizes) < 1 or max(sizes) != self.step_tokens
+    ):
+      raise ValueError(
+        f"step_sizes={sizes} must be positive, the largest step_tokens="
+        f"{self.step_tokens}"
       )
     if self.max_slowdown is not None and not self.max_slowdown > 1:
       raise ValueError(f"max_slowdown={self.max_slowdown} must be above 1")
@@ -439,10 +450,12 @@ def max_length_of(cfg: ModelConfig, config: EngineConfig) -> int:
 
 
 def step_shapes(config: EngineConfig, length: int) -> list[StepShape]:
-  """The steps that an engine compiles: 1, 2, 4, 8, 12, 16, 24, 32, 48, ..."""
+  """The steps that an engine compiles."""
   powers = [2**n for n in range(config.step_tokens.bit_length())]
   between = [power + power // 2 for power in powers if power >= 8]
   sizes = {size for size in powers + between if size < config.step_tokens}
+  if config.step_sizes is not None:
+    sizes = set(config.step_sizes)
   return [
     StepShape(
       tokens=tokens,

@@ -102,7 +102,7 @@ def prefill(
     ValueError: The prompt is empty, longer than the capacity, or not token
       ids of the model; or the sizes do not fit.
   """
-  tokens = _check_tokens(model.cfg, tokens)
+  tokens = check_tokens(model.cfg, tokens)
   if chunk_size < 1 or capacity < chunk_size or capacity % chunk_size:
     raise ValueError(
       f"capacity={capacity} must be a positive multiple of chunk_size="
@@ -249,7 +249,7 @@ def generate(
   Raises:
     ValueError: An argument is out of range; names it and the remedy.
   """
-  tokens = _check_tokens(model.cfg, np.asarray(prompt_ids)[None])
+  tokens = check_tokens(model.cfg, np.asarray(prompt_ids)[None])
   capacity = cache_capacity(tokens.shape[1], max_new_tokens, chunk_size)
   key = make_key(model, seed)
 
@@ -319,26 +319,6 @@ def _next_token(
   return sample(logits, jax.random.fold_in(key, position), sampler=sampler)
 
 
-def warm_up(
-  model: Transformer,
-  *,
-  prompt_tokens: int,
-  max_new_tokens: int,
-  sampler: Sampler = GREEDY,
-  chunk_size: int = 512,
-) -> None:
-  """Compiles what `generate` would run, by running it on one token."""
-  capacity = cache_capacity(prompt_tokens, max_new_tokens, chunk_size)
-  tokens = np.zeros((1, 1), np.int32)
-  cache, logits = prefill(
-    model, tokens, capacity=capacity, chunk_size=chunk_size
-  )
-  key = make_key(model, 0)
-  token = _next_token(logits, key, cache.length, sampler=sampler)
-  _, logits = decode_step(model, cache, token)
-  jax.block_until_ready((token, logits))
-
-
 def make_key(model: Transformer, seed: int) -> PRNGKeyArray:
   """A sampler's key, where the model is.
 
@@ -350,10 +330,14 @@ def make_key(model: Transformer, seed: int) -> PRNGKeyArray:
   return jax.device_put(jax.random.key(seed), data_sharding(model))
 
 
-def _check_tokens(
+def check_tokens(
   cfg: ModelConfig, tokens: Int[np.ndarray, "B T"] | Int[Array, "B T"]
 ) -> Int[np.ndarray, "B T"]:
-  """Token ids on the host, int32."""
+  """Token ids on the host, int32.
+
+  Raises:
+    ValueError: They are not token ids of the model, or there is none.
+  """
   ids = np.asarray(jax.device_get(tokens))
   if ids.ndim != 2:
     raise ValueError(f"tokens must be [B,T], got shape {ids.shape}")

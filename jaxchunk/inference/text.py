@@ -1,41 +1,17 @@
-"""Between text and tokens: prompts in, a stream of whole characters out."""
+"""A text continued: whole characters as they come, and a clock."""
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Collection, Iterable, Iterator
 
-import numpy as np
-
-from jaxchunk.data.tokenizers import Ids, StreamDecoder, Tokenizer
-from jaxchunk.inference.generate import generate, warm_up
+from jaxchunk.data.tokenizers import StreamDecoder, Tokenizer
+from jaxchunk.inference.engine import Engine
+from jaxchunk.inference.generate import check_tokens
+from jaxchunk.inference.output import Event
+from jaxchunk.inference.params import SamplingParams
+from jaxchunk.inference.prompt import encode_prompt
 from jaxchunk.inference.sampling import Sampler
 from jaxchunk.models.transformer import Transformer
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str, *, bos: bool = True) -> Ids:
-  """Ids of a prompt, as a document of training begins.
-
-  Args:
-    tokenizer: The model's.
-    text: May be empty where BOS comes first.
-    bos: Put the BOS token first, if the tokenizer has one.
-
-  Returns:
-    At least one id, int32.
-
-  Raises:
-    ValueError: There would be none.
-  """
-  begin = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
-  ids = np.concatenate([np.asarray(begin, np.int32), tokenizer.encode(text)])
-  if not ids.size:
-    reason = "has no BOS token" if bos else "was told to leave out BOS"
-    raise ValueError(
-      f"the prompt is empty and the tokenizer {reason} to begin with; write "
-      "some text"
-    )
-  return ids
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
@@ -72,16 +48,16 @@ class Clock:
   prefill_seconds: float = 0.0
   decode_seconds: float = 0.0
 
-  def watch(self, tokens: Iterable[int]) -> Iterator[int]:
-    """Passes the tokens on; the clock starts with the first request."""
+  def watch(self, events: Iterable[Event]) -> Iterator[Event]:
+    """Passes events on; the clock starts with the first request."""
     start = time.perf_counter()
-    for token in tokens:
+    for event in events:
       now = time.perf_counter()
       if not self.tokens:
         self.prefill_seconds = now - start
-      self.tokens += 1
+      self.tokens += len(event.tokens)
       self.decode_seconds = now - start - self.prefill_seconds
-      yield token
+      yield event
     if not self.tokens:
       self.prefill_seconds = time.perf_counter() - start
 
@@ -132,22 +108,35 @@ def continue_text(
     ValueError: An argument is out of range; names it and the remedy.
   """
   ids = encode_prompt(tokenizer, prompt, bos=bos)
-  tokens = generate(
-    model,
-    ids,
-    max_new_tokens=max_new_tokens,
-    sampler=sampler,
-    chunk_size=chunk_size,
+  check_tokens(model.cfg, ids[None])
+  for name, value in (
+    ("max_new_tokens", max_new_tokens),
+    ("chunk_size", chunk_size),
+  ):
+    if value < 1:
+      raise ValueError(f"{name}={value} must be a positive integer")
+  params = SamplingParams(
+    max_tokens=max_new_tokens,
+    temperature=sampler.temperature,
+    top_k=sampler.top_k,
+    top_p=1.0 if sampler.top_p is None else sampler.top_p,
     seed=seed,
-    eos_id=tokenizer.eos_id,
   )
-  warm_up(
+  engine = Engine(
     model,
-    prompt_tokens=len(ids),
-    max_new_tokens=max_new_tokens,
-    sampler=sampler,
-    chunk_size=chunk_size,
+    tokenizer,
+    ends=ends,
+    max_length=len(ids) + max_new_tokens,
+    max_sequences=1,
+    step_tokens=chunk_size,
+    step_sizes=tuple(sorted({1, chunk_size})),
+    prefix_cache=False,
   )
-  tokens = itertools.takewhile(lambda token: token not in ends, tokens)
   clock = Clock(len(ids))
-  return stream_text(clock.watch(tokens), tokenizer), clock
+
+  def pieces() -> Iterator[str]:
+    for event in clock.watch(engine.stream(ids, params)):
+      if event.text:
+        yield event.text
+
+  return pieces(), clock

@@ -12,7 +12,6 @@ from jaxchunk.inference.generate import (
   decode_step,
   generate,
   prefill,
-  warm_up,
 )
 from jaxchunk.inference.sampling import Sampler
 from jaxchunk.training.metrics import CompileCounter
@@ -77,18 +76,6 @@ def check_every_step(model, tokens):
   for t in range(11, 64):
     cache, logits = decode_step(model, cache, tokens[:, t])
     assert_close(logits, truth[:, t])
-
-
-def test_warm_up_leaves_nothing_to_compile(tokens):
-  model = make_model(dtype="bfloat16")
-  sampler = Sampler(temperature=1.3)
-  sizes = {"max_new_tokens": 30, "chunk_size": 16, "sampler": sampler}
-  out = generate(model, tokens[0, :7], **sizes)
-  with CompileCounter() as counter:
-    warm_up(model, prompt_tokens=7, **sizes)
-    assert counter.take() > 0
-    assert len(list(out)) == 30
-    assert counter.take() == 0
 
 
 def test_low_precision_errs_at_most_twice_what_the_whole_row_errs(tokens):

@@ -1,12 +1,14 @@
 """Prompts, whole characters, the clock."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxchunk.data.tokenizers import ByteTokenizer
 from jaxchunk.inference import text
+from jaxchunk.inference.prompt import encode_prompt
 from jaxchunk.inference.sampling import Sampler
 
 BYTES = ByteTokenizer()
@@ -14,17 +16,17 @@ BYTES = ByteTokenizer()
 
 @pytest.mark.fast
 def test_a_prompt_begins_as_a_document_does():
-  ids = text.encode_prompt(BYTES, "ab")
+  ids = encode_prompt(BYTES, "ab")
   assert ids.tolist() == [BYTES.bos_id, 97, 98]
   assert ids.dtype == np.int32
-  assert text.encode_prompt(BYTES, "").tolist() == [BYTES.bos_id]
-  assert text.encode_prompt(BYTES, "ab", bos=False).tolist() == [97, 98]
+  assert encode_prompt(BYTES, "").tolist() == [BYTES.bos_id]
+  assert encode_prompt(BYTES, "ab", bos=False).tolist() == [97, 98]
   plain = ByteTokenizer(bos_id=None)
-  assert text.encode_prompt(plain, "ab").tolist() == [97, 98]
+  assert encode_prompt(plain, "ab").tolist() == [97, 98]
   with pytest.raises(ValueError, match="empty and the tokenizer has no BOS"):
-    text.encode_prompt(plain, "")
+    encode_prompt(plain, "")
   with pytest.raises(ValueError, match="told to leave out BOS"):
-    text.encode_prompt(BYTES, "", bos=False)
+    encode_prompt(BYTES, "", bos=False)
 
 
 @pytest.mark.fast
@@ -56,7 +58,8 @@ def test_the_clock_tells_prefill_from_decoding(monkeypatch):
   times = itertools.chain([10.0, 12.0], itertools.count(13.0, 0.5))
   monkeypatch.setattr(text.time, "perf_counter", lambda: next(times))
   clock = text.Clock(prompt_tokens=4000)
-  assert list(clock.watch(range(5))) == [0, 1, 2, 3, 4]
+  events = [SimpleNamespace(tokens=(n,)) for n in range(5)]
+  assert list(clock.watch(events)) == events
   assert str(clock) == (
     "prefill: 4,000 tokens in 2.00 s (2,000 tokens/s), "
     "decode: 4 tokens in 2.50 s (2 tokens/s)"
@@ -65,9 +68,9 @@ def test_the_clock_tells_prefill_from_decoding(monkeypatch):
 
 def test_the_clock_of_no_token_and_of_one(monkeypatch):
   monkeypatch.setattr(text.time, "perf_counter", itertools.count(0.0).__next__)
-  for tokens in ([], [7]):
+  for events in ([], [SimpleNamespace(tokens=(7,))]):
     clock = text.Clock(prompt_tokens=3)
-    assert list(clock.watch(tokens)) == tokens
+    assert list(clock.watch(events)) == events
     assert str(clock) == (
       "prefill: 3 tokens in 1.00 s (3 tokens/s), decode: 0 tokens in 0.00 s"
     )

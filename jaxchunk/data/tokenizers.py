@@ -150,6 +150,9 @@ class JsonTokenizer:
   """A tokenizer in the JSON format of the `tokenizers` library.
 
   Truncation and padding that the file asks for are switched off.
+
+  Attributes:
+    definition: The file's text.
   """
 
   def __init__(
@@ -165,7 +168,7 @@ class JsonTokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = not parse_special
-    self._backend, self._definition = backend, definition
+    self._backend, self.definition = backend, definition
     added = backend.get_added_tokens_decoder().values()
     self.specials = tuple(token.content for token in added if token.special)
     self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
@@ -240,7 +243,7 @@ class JsonTokenizer:
   def save(self, folder: str | os.PathLike[str]) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`, as others do."""
     with atomic_write(Path(folder) / "tokenizer.json") as file:
-      file.write(self._definition.encode())
+      file.write(self.definition.encode())
     write_json(Path(folder) / "tokenizer_config.json", dict(self._names))
 
 

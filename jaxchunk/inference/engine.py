@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxchunk.data.tokenizers import Tokenizer
-from jaxchunk.inference.core import EngineCore, Request
+from jaxchunk.inference.core import EngineCore, Request, RequestError
+from jaxchunk.inference.guided import Guides, TokenGuide
 from jaxchunk.inference.output import Event, FinishReason, TokenLogprobs
 from jaxchunk.inference.params import SamplingParams
 from jaxchunk.inference.prompt import encode_prompt
@@ -280,15 +281,28 @@ class Engine:
       ends=every_end,
       adapters={name: n for n, name in enumerate(adapters or {})},
       swap=swap,
+      guides=self._guide,
       seed=config.seed,
     )
     self._numbers = itertools.count()
+    self._guides: Guides | None = None
     say(
       f"engine: {len(shapes)} steps compiled in "
       f"{self.runner.startup_seconds:.1f} s; {num_pages:,} pages of "
       f"{config.page_size} tokens, {num_pages * size / _GIB:.2f} GiB; at most "
       f"{config.max_sequences} sequences of {self.core.max_length:,} tokens"
     )
+
+  def _guide(self, guide: Mapping[str, Any]) -> TokenGuide:
+    """Makes a guide; the first request for one builds what all share."""
+    if self.tokenizer is None:
+      raise RequestError("texts of a form need a tokenizer", "guide")
+    try:
+      if self._guides is None:
+        self._guides = Guides(self.tokenizer, self.model_config.vocab_size)
+      return self._guides(guide)
+    except (ValueError, ImportError) as error:
+      raise RequestError(str(error), "guide") from error
 
   @property
   def max_length(self) -> int:

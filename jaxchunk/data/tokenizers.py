@@ -4,7 +4,9 @@ Special tokens are never read out of a document's text unless asked for.
 """
 
 import dataclasses
+import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -240,6 +242,10 @@ class JsonTokenizer:
     values = values[(values >= 0) & (values < self.vocab_size)]
     return self._backend.decode(values.tolist(), skip_special_tokens=True)
 
+  def piece(self, token: int) -> str:
+    """The vocabulary's own word for an id; empty for one that it lacks."""
+    return str(self._backend.id_to_token(token) or "")
+
   def save(self, folder: str | os.PathLike[str]) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`, as others do."""
     with atomic_write(Path(folder) / "tokenizer.json") as file:
@@ -382,6 +388,44 @@ def _from_files(path: Path, parse_special: bool) -> Tokenizer:
     pad=name("pad_token", _KNOWN_PAD),
     parse_special=parse_special,
   )
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+  """What a token stands for in a text, perhaps a part of a character.
+
+  Args:
+    tokenizer: Whose.
+    token: An id.
+
+  Returns:
+    The bytes of UTF-8; of a special token those of its name if it has one.
+  """
+  if isinstance(tokenizer, ByteTokenizer):
+    return bytes([token]) if 0 <= token < 256 else b""
+  if not isinstance(tokenizer, JsonTokenizer):
+    return tokenizer.decode([token]).encode()
+  piece = tokenizer.piece(token)
+  text = tokenizer.decode([token])
+  if not text:
+    return piece.encode()
+  if fallback := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+    return bytes([int(fallback[1], 16)])
+  if "\N{REPLACEMENT CHARACTER}" in text:
+    values = _byte_values()
+    if all(character in values for character in piece):
+      return bytes(values[character] for character in piece)
+  # A text does not begin with the space that a word brings along.
+  begins = piece.startswith("\u2581") and not text.startswith(" ")
+  return f"{' ' * begins}{text}".encode()
+
+
+@functools.cache
+def _byte_values() -> dict[str, int]:
+  """Bytes by the printable alphabet of byte-level tokenizers."""
+  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  rest = [byte for byte in range(256) if byte not in plain]
+  others = {chr(256 + number): byte for number, byte in enumerate(rest)}
+  return {chr(byte): byte for byte in plain} | others
 
 
 def _byte_alphabet(text: str) -> str:

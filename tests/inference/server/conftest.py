@@ -172,7 +172,7 @@ def real_engine():
     ByteTokenizer(),
     max_length=256,
     max_sequences=4,
-    step_tokens=16,
+    step_tokens=4,
     num_pages=64,
     page_size=16,
     query_block=16,

@@ -128,12 +128,27 @@ async function send(text) {
 
 /* The batch. */
 
-const hue = (number) => (number * 137.5 + 20) % 360;
-const color = (name) => {
+/* Of each sequence, for as long as it runs; neighbours differ. */
+const colors = new Map();
+const nameOf = (sequence) => `${sequence.id}.${sequence.index}`;
+
+function giveColors(sequences) {
+  const names = new Set(sequences.map(nameOf));
+  for (const name of colors.keys()) if (!names.has(name)) colors.delete(name);
+  const taken = new Set(colors.values());
   let number = 0;
-  for (const letter of name) number = (number * 31 + letter.charCodeAt(0)) % 997;
-  return `hsl(${hue(number)} 62% 52%)`;
-};
+  for (const name of names) {
+    if (colors.has(name)) continue;
+    while (taken.has(number)) number += 1;
+    colors.set(name, number);
+    taken.add(number);
+  }
+}
+
+function color(sequence) {
+  const hue = (20 + 137.5 * colors.get(nameOf(sequence))) % 360;
+  return `hsl(${hue} 62% 52%)`;
+}
 
 function bar(share, paint) {
   const outer = element("div", undefined, "bar");
@@ -148,12 +163,11 @@ function rowOf(sequence, most) {
   const row = element("tr");
   const name = `${sequence.id.split("-")[1].slice(0, 6)}.${sequence.index}`;
   const key = element("span", undefined, "key");
-  key.style.background = color(sequence.id + sequence.index);
+  key.style.background = color(sequence);
   const first = element("td");
   first.append(key, name);
   const pages = element("td");
-  const paint = color(sequence.id + sequence.index);
-  const picture = bar(sequence.pages / most, paint);
+  const picture = bar(sequence.pages / most, color(sequence));
   picture.setAttribute("role", "img");
   picture.setAttribute("aria-label", `${sequence.pages} pages`);
   pages.append(picture);
@@ -169,6 +183,9 @@ function rowOf(sequence, most) {
 
 function show(batch) {
   const { held, total, size } = batch.pages;
+  giveColors(batch.running);
+  // A page that several hold counts once.
+  const every = batch.running.reduce((sum, s) => sum + s.pages, 0) || 1;
   get("running").textContent = `${batch.running.length}/${batch.max_sequences}`;
   get("waiting").textContent = batch.waiting;
   get("speed").textContent = batch.tokens_per_second.toFixed(0);
@@ -179,8 +196,8 @@ function show(batch) {
   get("pool").replaceChildren(
     ...batch.running.map((sequence) => {
       const part = element("span");
-      part.style.width = `${(100 * sequence.pages) / total}%`;
-      part.style.background = color(sequence.id + sequence.index);
+      part.style.width = `${(100 * held * sequence.pages) / (total * every)}%`;
+      part.style.background = color(sequence);
       return part;
     }),
   );

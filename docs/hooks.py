@@ -36,6 +36,7 @@ _PACKAGES = {
   "training": "jaxchunk.training",
   "evaluation": "jaxchunk.evaluation",
   "inference": "jaxchunk.inference",
+  "server": "jaxchunk.inference.server",
   "interop": "jaxchunk.interop",
   "sharding": "jaxchunk.sharding",
   "attention": "jaxchunk.kernels.attention",

@@ -10,18 +10,11 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-try:
-  from aiohttp import web
-
-  from jaxchunk.inference.server.metrics import CONTENT_TYPE, Metrics
-except ImportError as error:
-  raise ImportError(
-    f"the server needs {error.name}: pip install 'jaxchunk[serve]'"
-  ) from error
-
 from jaxchunk.inference.server import answers, pages, protocol
 from jaxchunk.inference.server.errors import ApiError
+from jaxchunk.inference.server.extra import web
 from jaxchunk.inference.server.fields import read_object
+from jaxchunk.inference.server.metrics import CONTENT_TYPE, Metrics
 from jaxchunk.inference.server.served import Served
 from jaxchunk.inference.server.service import EngineService, Stream
 

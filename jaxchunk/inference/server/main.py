@@ -5,9 +5,8 @@ import os
 import signal
 from collections.abc import Callable
 
-from aiohttp import web
-
 from jaxchunk.inference.server.app import Limits, Server, loopback
+from jaxchunk.inference.server.extra import web
 from jaxchunk.inference.server.metrics import Metrics
 from jaxchunk.inference.server.served import Served
 from jaxchunk.inference.server.service import EngineService

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 
-import prometheus_client
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
-
+from jaxchunk.inference.server.extra import (
+  prometheus_client,
+  prometheus_registry,
+)
+from jaxchunk.inference.server.extra import prometheus_core as core
 from jaxchunk.inference.server.service import EngineService, Snapshot
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
@@ -46,24 +46,26 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Snapshot], float]], ...] = (
 )
 
 
-class _EngineCollector(Collector):
+class _EngineCollector(prometheus_registry.Collector):
   """Reads the engine when it is asked."""
 
   def __init__(self, service: EngineService):
     self._service = service
 
-  def collect(self) -> Iterator[Metric]:
+  def collect(self) -> Iterator[core.Metric]:
     snapshot = self._service.snapshot
     for name, meaning, read in _GAUGES:
-      yield GaugeMetricFamily(f"jaxchunk_{name}", meaning, read(snapshot))
+      yield core.GaugeMetricFamily(f"jaxchunk_{name}", meaning, read(snapshot))
     for name, meaning, read in _COUNTERS:
-      yield CounterMetricFamily(f"jaxchunk_{name}", meaning, read(snapshot))
-    yield GaugeMetricFamily(
+      yield core.CounterMetricFamily(
+        f"jaxchunk_{name}", meaning, read(snapshot)
+      )
+    yield core.GaugeMetricFamily(
       "jaxchunk_open",
       "Continuations that were taken and have not ended.",
       self._service.num_open,
     )
-    yield GaugeMetricFamily(
+    yield core.GaugeMetricFamily(
       "jaxchunk_up",
       "1 while the engine runs and takes requests.",
       float(self._service.state == "running"),

@@ -4,8 +4,7 @@ import importlib.resources
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aiohttp import web
-
+from jaxchunk.inference.server.extra import web
 from jaxchunk.inference.server.served import Served
 from jaxchunk.inference.server.service import EngineService
 

@@ -1,11 +1,14 @@
 """The HTTP side, with a model that is not there."""
 
 import asyncio
+import importlib
 import json
+import sys
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from jaxchunk.inference.server import extra
 from jaxchunk.inference.server.app import Limits, loopback
 from jaxchunk.inference.server.main import check_address
 
@@ -407,3 +410,9 @@ def test_only_this_machine_needs_no_key(host, inside):
     with pytest.raises(ValueError, match="set --api_key"):
       check_address(host, None)
   check_address(host, "key")
+
+
+def test_what_is_missing_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, "aiohttp", None)
+  with pytest.raises(ImportError, match=r"pip install 'jaxchunk\[serve\]'"):
+    importlib.reload(extra)

@@ -456,8 +456,8 @@ def measure(
   sequences: int = 8,
 ) -> dict[str, Any]:
   """Makes the model, asks the engine, then the server."""
-  # Pages of 16 KiB for half of what could run: some may be preempted.
-  pages = max(8 * sequences, 16)
+  # Pages of 16 KiB, less than what runs may come to need: some is preempted.
+  pages = max(4 * sequences, 16)
   config = EngineConfig(
     max_length=256,
     max_sequences=sequences,

@@ -26,6 +26,9 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 """Characters of a stop text."""
 
+MAX_PROMPTS = 2048
+"""Prompts of a request; OpenAI's."""
+
 DEFAULT_TOKENS = 16
 """Of a completion that does not say how many; OpenAI's."""
 
@@ -242,6 +245,10 @@ def _prompts(fields: Fields, served: Served) -> list[tuple[int, ...]]:
       f"prompt is {what}; it must be a text, texts, token ids, or lists of "
       "these",
       "prompt",
+    )
+  if len(value) > MAX_PROMPTS:
+    raise invalid(
+      f"prompt has {len(value)} prompts, more than {MAX_PROMPTS}", "prompt"
     )
   return [
     _encode(one, f"prompt[{number}]", served)

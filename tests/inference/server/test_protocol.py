@@ -2,7 +2,9 @@
 
 import json
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 from jaxchunk.inference.server.errors import ApiError
 from jaxchunk.inference.server.fields import read_object
@@ -118,6 +120,7 @@ WRONG = [
   ({"prompt": [1, "a"]}, "prompt", r"prompt\[0\] is an integer"),
   ({"prompt": [True, False]}, "prompt", "a boolean"),
   ({"prompt": [-1]}, "prompt", "no token ids"),
+  ({"prompt": ["a"] * 2049}, "prompt", "more than 2048"),
   ({"prompt": [2**70]}, "prompt", "no token ids"),
   ({"prompt": "a" * 300}, "prompt", "301 tokens.* at most 256"),
   ({"max_tokens": 300}, "max_tokens", "3 tokens and 300 more"),
@@ -332,6 +335,46 @@ def test_what_is_no_json_is_refused(body, message):
 def test_a_pair_of_surrogates_is_a_character():
   body = json.dumps({"a": "😀"}).encode()
   assert b"\\ud83d" in body and read_object(body) == {"a": "😀"}
+
+
+NAMES = """
+prompt messages model n stream stream_options stop max_tokens temperature top_p
+seed presence_penalty frequency_penalty logit_bias logprobs response_format
+top_k min_p repetition_penalty min_tokens ignore_eos stop_token_ids priority
+best_of structured_outputs echo suffix tools tool_choice max_completion_tokens
+user top_logprobs functions nonsense
+"""
+INNER = "role content type text name function arguments schema json 65"
+NUMBERS = st.one_of(
+  st.integers(-3, 300), st.integers(), st.floats(allow_nan=False)
+)
+VALUES = st.recursive(
+  st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=5)),
+  lambda inner: st.one_of(
+    st.lists(inner, max_size=4),
+    st.dictionaries(
+      st.sampled_from(INNER.split()),
+      inner,
+      max_size=4,
+    ),
+  ),
+  max_leaves=8,
+)
+
+
+@pytest.mark.parametrize("read", [completion, chat])
+@hypothesis.settings(deadline=None, max_examples=300)
+@hypothesis.given(
+  fields=st.dictionaries(st.sampled_from(NAMES.split()), VALUES)
+)
+def test_whatever_comes_is_a_job_or_an_error(read, fields):
+  try:
+    job = read(**fields)
+  except ApiError as error:
+    assert 400 <= error.status < 500 and error.message
+    json.dumps(error.body)
+  else:
+    assert all(len(request.prompt) < 256 for request in job.requests)
 
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'

@@ -412,10 +412,12 @@ async def run_all(
     except BaseException:
       await process.kill()
       raise
+  # Without the first start, which was before.
+  down = process.start_seconds * (1 - 1 / process.lives)
   return {
     "requests": requests,
     "seconds": seconds,
-    "requests_per_second": requests / (seconds - _restarts(process)),
+    "requests_per_second": requests / (seconds - down),
     "outcomes": dict(sorted(crowd.outcomes.items())),
     "failures": len(crowd.failures),
     "first_failures": crowd.failures[:5],
@@ -429,11 +431,6 @@ async def run_all(
     "resident_growth_mb": memory[-1] - memory[0],
     "exit_code": code,
   }
-
-
-def _restarts(process: Process) -> float:
-  """Seconds in which there was no server, about."""
-  return process.start_seconds * (1 - 1 / process.lives)
 
 
 async def _idle(session: aiohttp.ClientSession) -> dict[str, Any]:

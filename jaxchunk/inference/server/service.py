@@ -199,7 +199,6 @@ class EngineService:
     self.engine, self.max_queue = engine, max_queue
     self.capacity = max_queue + engine.config.max_sequences
     self.state: State = "running"
-    self.error: BaseException | None = None
     self.snapshot = take_snapshot(engine.core)
     self._watch = watch
     self._inbox: queue.SimpleQueue[Callable[[], None] | None] = (
@@ -320,9 +319,9 @@ class EngineService:
         self._core.cancel(name)
       while self._core.has_work:
         self._step()
-    except BaseException as error:
+    except BaseException:
       logging.getLogger("jaxchunk").exception("the engine has failed")
-      self._call(self._fail, error)
+      self._call(self._fail)
 
   @property
   def _core(self) -> EngineCore:
@@ -352,7 +351,8 @@ class EngineService:
       for request in stream.requests:
         self._core.add(request)
         taken.append(request.request_id)
-    except ValueError as error:
+    except Exception as error:
+      # Nothing has changed for the others, whatever it is.
       for name in taken:
         self._core.cancel(name)
       self._call(self._refuse, stream, error)
@@ -433,8 +433,8 @@ class EngineService:
     if not self._open:
       self._empty.set()
 
-  def _fail(self, error: BaseException) -> None:
-    self.state, self.error = "failed", error
+  def _fail(self) -> None:
+    self.state = "failed"
     for stream in tuple(self._open):
       stream.left = 0
       if not stream.accepted.done():

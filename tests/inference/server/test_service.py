@@ -78,6 +78,19 @@ def test_one_that_is_wrong_refuses_all_with_it():
   run(test)
 
 
+def test_a_guide_that_breaks_is_its_requests_own_trouble():
+  async def test(service):
+    def broken(guide):
+      raise KeyError("no such schema")
+
+    service.engine.core._guides = broken
+    with pytest.raises(KeyError, match="no such schema"):
+      await service.submit(request("a", guide={"json": {}}))
+    assert await text_of(await service.submit(request("b"))) == "hello"
+
+  run(test)
+
+
 def test_the_queue_is_bounded():
   async def test(service):
     service.engine.runner.seconds = 0.01

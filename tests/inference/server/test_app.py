@@ -1,6 +1,7 @@
 """The HTTP side, with a model that is not there."""
 
 import asyncio
+import contextlib
 import importlib
 import json
 import sys
@@ -199,6 +200,26 @@ def test_a_slow_sender_is_given_up():
     assert status == 408 and "0.1 seconds" in error["message"]
 
   run(test, limits=Limits(body_seconds=0.1))
+
+
+def test_half_a_head_is_not_waited_for():
+  async def test(session, service):
+    reader, writer = await asyncio.open_connection(
+      session._base_url.host, session._base_url.port
+    )
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: ")
+    # A byte now and then does not keep it open.
+    closed = asyncio.create_task(reader.read())
+    while not closed.done():
+      writer.write(b"a")
+      await asyncio.sleep(0.05)
+    with contextlib.suppress(ConnectionError):
+      await closed
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+      await writer.wait_closed()
+
+  run(test, limits=Limits(idle_seconds=0.3))
 
 
 def test_a_key_is_asked_for():

@@ -13,6 +13,7 @@ from jaxchunk.data.tokenizers import (
   JsonTokenizer,
   StreamDecoder,
   load_tokenizer,
+  token_bytes,
 )
 
 _BYTE = ByteTokenizer()
@@ -64,6 +65,34 @@ def test_round_trip_and_stream(tokenizer, text):
 @given(ids=st.lists(st.integers(0, 310), max_size=40))
 def test_stream_of_any_ids_joins_to_their_decode(tokenizer, ids):
   assert "".join(_stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("tokenizer", [_BYTE, _BPE], ids=["byte", "bpe"])
+@given(text=st.text())
+def test_bytes_of_tokens_are_those_of_the_text(tokenizer, text):
+  ids = tokenizer.encode(text).tolist()
+  parts = [token_bytes(tokenizer, i) for i in ids]
+  assert b"".join(parts) == text.encode()
+
+
+@pytest.mark.fast
+def test_bytes_of_words_with_their_space_and_of_fallbacks():
+  vocabulary = {"<unk>": 0, "\u2581the": 1, "s": 2, "<0xC3>": 3, "<0xA9>": 4}
+  model = hf.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+  backend = hf.Tokenizer(model)
+  backend.decoder = hf.decoders.Sequence(
+    [
+      hf.decoders.Replace("\u2581", " "),
+      hf.decoders.ByteFallback(),
+      hf.decoders.Fuse(),
+      hf.decoders.Strip(" ", 1, 0),
+    ]
+  )
+  backend.add_special_tokens(["</s>"])
+  tokenizer = JsonTokenizer(backend.to_str(), eos="</s>")
+  parts = [token_bytes(tokenizer, i) for i in (1, 2, 3, 4, 5, 99)]
+  assert parts == [b" the", b"s", b"\xc3", b"\xa9", b"</s>", b""]
 
 
 @pytest.mark.fast

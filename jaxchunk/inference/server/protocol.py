@@ -14,11 +14,11 @@ from typing import Any
 from jaxchunk.data.chat import ChatTemplate, RecordError
 from jaxchunk.inference.core import Request, RequestError
 from jaxchunk.inference.params import MAX_LOGPROBS, SamplingParams
+from jaxchunk.inference.prompt import encode_prompt
 from jaxchunk.inference.server.errors import ApiError, invalid
 from jaxchunk.inference.server.fields import Fields, is_integer, kind_of
 from jaxchunk.inference.server.messages import read_messages, read_tools
 from jaxchunk.inference.server.served import Served
-from jaxchunk.inference.text import encode_prompt
 
 MAX_STOPS = 16
 """Stop texts of a request."""

@@ -15,6 +15,7 @@ import time
 from absl import app, flags, logging
 
 from jaxchunk.inference.engine import EngineConfig
+from jaxchunk.sharding.mesh import Layout
 from jaxchunk.training.checkpoint import CheckpointError
 
 _STARTED = time.monotonic()
@@ -48,6 +49,11 @@ _HOST_GIB = flags.DEFINE_float(
   "host_gib", _SIZES.host_gib, "Host memory for keys and values."
 )
 _PAGE = flags.DEFINE_integer("page_size", _SIZES.page_size, "Tokens of a page.")
+_SLOWDOWN = flags.DEFINE_float(
+  "max_slowdown", None, "Of a step by parts of prompts; any if unset."
+)
+_DATA = flags.DEFINE_integer("data", 1, "Copies of the model.", 1)
+_TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share a copy.", 1)
 _SCHEDULER = flags.DEFINE_string(
   "scheduler", _SIZES.scheduler, "'stall_free' or 'past_future'."
 )
@@ -68,7 +74,11 @@ def main(argv: list[str]) -> None:
     host_gib=_HOST_GIB.value,
     page_size=_PAGE.value,
     scheduler=_SCHEDULER.value,
+    max_slowdown=_SLOWDOWN.value,
   )
+  layout = None
+  if _DATA.value * _TENSOR.value > 1:
+    layout = Layout(data=_DATA.value, tensor=_TENSOR.value)
   try:
     from jaxchunk.inference.server.app import Limits
     from jaxchunk.inference.server.load import load_served, parse_adapters
@@ -82,6 +92,7 @@ def main(argv: list[str]) -> None:
       chat_template=_TEMPLATE.value,
       name=_NAME.value,
       config=config,
+      layout=layout,
       say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     finished = asyncio.run(

@@ -181,7 +181,7 @@ class Shards:
       return model.embed_tokens(tokens)
     if width:
       tokens = lax.all_gather(tokens, width)
-    rows = _rows(model.embed[...], tokens, vocab).astype(model.cfg.dtype)
+    rows = take_rows(model.embed[...], tokens, vocab).astype(model.cfg.dtype)
     if width:
       rows = lax.all_to_all(rows, width, 0, 2)
       rows = rows.reshape(*rows.shape[:2], -1)
@@ -251,10 +251,16 @@ def scatter(a: Array, spec: PartitionSpec) -> Array:
   return a
 
 
-def _rows(
+def take_rows(
   table: Float[Array, "V D"], tokens: Int[Array, "*B C"], vocab: tuple[str, ...]
 ) -> Float[Array, "*B C D"]:
-  """`table[tokens]`, where the rows may be on other devices."""
+  """`table[tokens]`, where the rows may be on other devices.
+
+  Args:
+    table: This device's rows.
+    tokens: Of the whole vocabulary.
+    vocab: The mesh axis that splits the rows, if one does.
+  """
   for axis in vocab:
     own, here = own_labels(tokens, table.shape[0], axis)
     rows = jnp.where(here[..., None], table[own], 0)

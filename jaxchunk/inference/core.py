@@ -140,6 +140,7 @@ class EngineCore:
     self._live: dict[str, list[Sequence]] = {}
     self._texts: dict[Sequence, TextStream] = {}
     self._under_way: Ticket | None = None
+    self._next: Ticket | None = None
     self._cancelled: list[Event] = []
 
   @property
@@ -151,6 +152,10 @@ class EngineCore:
   def num_live(self) -> int:
     """Sequences that have not ended."""
     return sum(map(len, self._live.values()))
+
+  def runs(self, request_id: str) -> bool:
+    """Whether some of a request has not ended."""
+    return request_id in self._live
 
   def check(self, request: Request) -> None:
     """Whether a request can be served.
@@ -266,14 +271,22 @@ class EngineCore:
 
   def step(self) -> list[Event]:
     """Dispatches a step, and waits for the one before."""
+    self.begin_step()
+    return self.end_step()
+
+  def begin_step(self) -> None:
+    """Dispatches a step, if there is something to do."""
     plan = self.scheduler.schedule()
     self._before(plan)
-    ticket = self.runner.dispatch(plan) if plan.works else None
+    self._next = self.runner.dispatch(plan) if plan.works else None
     self._after(plan)
+
+  def end_step(self) -> list[Event]:
+    """Waits for the step before the one that was begun."""
     events, self._cancelled = self._cancelled, []
     if self._under_way is not None:
       events += self._collect(self._under_way)
-    self._under_way = ticket
+    self._under_way, self._next = self._next, None
     return events
 
   def _before(self, plan: Plan) -> None:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -19,7 +20,9 @@ from jaxchunk.inference.core import EngineCore, Request, RequestError
 from jaxchunk.inference.guided import Guides, TokenGuide
 from jaxchunk.inference.output import Event, FinishReason, TokenLogprobs
 from jaxchunk.inference.params import SamplingParams
+from jaxchunk.inference.placement import placements
 from jaxchunk.inference.prompt import encode_prompt
+from jaxchunk.inference.replicas import Replicas
 from jaxchunk.inference.runner import DeviceRunner
 from jaxchunk.inference.scheduler import SCHEDULERS, Limits
 from jaxchunk.inference.step import StepShape
@@ -30,6 +33,7 @@ from jaxchunk.kv.tiers import HostTier
 from jaxchunk.models.adapter_set import adapter_set
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
+from jaxchunk.sharding.mesh import Layout
 
 _GIB = 2**30
 
@@ -198,11 +202,16 @@ class Engine:
     adapters: Models with LoRA adapters beside the same model, by the names
       that requests may ask for.
     ends: Tokens that end a text, beside the tokenizer's EOS.
+    layout: `data` copies of the model, each over `tensor` devices that share
+      heads and matrices; each copy has the sizes of `config`. `None` is where
+      the model is.
+    devices: Of the layout; by default all.
     say: Told what takes long.
     **fields: Of `EngineConfig`.
 
   Raises:
-    ValueError: A field is impossible, or an adapter does not fit; names it.
+    ValueError: A field is impossible, an adapter does not fit, or the layout
+      cannot split the model; names it.
   """
 
   def __init__(
@@ -213,12 +222,15 @@ class Engine:
     config: EngineConfig | None = None,
     adapters: Mapping[str, Transformer] | None = None,
     ends: Iterable[int] = (),
+    layout: Layout | None = None,
+    devices: Sequence[jax.Device] | None = None,
     say: Callable[[str], None] | None = None,
     **fields: Any,
   ):
     config = dataclasses.replace(config or EngineConfig(), **fields)
     config.check()
     self.config, self.tokenizer = config, tokenizer
+    self.core: EngineCore | Replicas
     self.model_config = cfg = model.cfg
     say = say or logging.getLogger("jaxchunk").info
     length = max_length_of(cfg, config)
@@ -249,48 +261,63 @@ class Engine:
     every_end = {*ends}
     if tokenizer is not None and tokenizer.eos_id is not None:
       every_end.add(tokenizer.eos_id)
-    self.runner = DeviceRunner(
-      model,
-      states=states,
-      shapes=shapes,
-      num_pages=num_pages,
-      adapters=adapter_set(cfg, adapters or {}),
-      ends=tuple(sorted(every_end)),
-      say=say,
-    )
-    pool = PagePool(num_pages, config.page_size, caching=config.prefix_cache)
-    self.tier, swap = None, None
+    self._guides: Guides | None = None
+    self._numbers = itertools.count()
+    beside = adapter_set(cfg, adapters or {})
+    self.runners = [
+      DeviceRunner(
+        model,
+        states=states,
+        shapes=shapes,
+        num_pages=num_pages,
+        place=place,
+        adapters=beside,
+        ends=tuple(sorted(every_end)),
+        say=say,
+      )
+      for place in placements(cfg, model, layout, devices)
+    ]
+    self.tier = None
     if config.host_gib:
       self.tier = HostTier(int(config.host_gib * _GIB))
-      swap = PageSwap(
-        self.runner,
-        self.tier,
-        page_size=config.page_size,
-        num_pages=num_pages,
-        sharing=config.prefix_cache,
+
+    def make_core(number: int, runner: DeviceRunner) -> EngineCore:
+      pool = PagePool(num_pages, config.page_size, caching=config.prefix_cache)
+      swap = None
+      if self.tier is not None:
+        swap = PageSwap(
+          runner,
+          self.tier,
+          page_size=config.page_size,
+          num_pages=num_pages,
+          sharing=config.prefix_cache,
+        )
+        runner.compile_copies(swap.group)
+      cost = runner.measure() if config.max_slowdown else None
+      seed = None if config.seed is None else config.seed + number
+      return EngineCore(
+        runner,
+        SCHEDULERS[config.scheduler](limits, pool, swap, cost=cost),
+        vocab_size=cfg.vocab_size,
+        max_length=length,
+        tokenizer=tokenizer,
+        ends=every_end,
+        adapters={name: n for n, name in enumerate(adapters or {})},
+        swap=swap,
+        guides=self._guide,
+        seed=seed,
       )
-      self.runner.compile_copies(swap.group)
-    cost = self.runner.measure() if config.max_slowdown else None
-    scheduler = SCHEDULERS[config.scheduler](limits, pool, swap, cost=cost)
-    self.core = EngineCore(
-      self.runner,
-      scheduler,
-      vocab_size=cfg.vocab_size,
-      max_length=length,
-      tokenizer=tokenizer,
-      ends=every_end,
-      adapters={name: n for n, name in enumerate(adapters or {})},
-      swap=swap,
-      guides=self._guide,
-      seed=config.seed,
-    )
-    self._numbers = itertools.count()
-    self._guides: Guides | None = None
+
+    self.cores = [make_core(*pair) for pair in enumerate(self.runners)]
+    several = len(self.cores) > 1
+    self.core = Replicas(self.cores) if several else self.cores[0]
+    seconds = sum(runner.startup_seconds for runner in self.runners)
     say(
-      f"engine: {len(shapes)} steps compiled in "
-      f"{self.runner.startup_seconds:.1f} s; {num_pages:,} pages of "
-      f"{config.page_size} tokens, {num_pages * size / _GIB:.2f} GiB; at most "
-      f"{config.max_sequences} sequences of {self.core.max_length:,} tokens"
+      f"engine: {len(shapes)} steps compiled in {seconds:.1f} s; "
+      f"{num_pages:,} pages of {config.page_size} tokens, "
+      f"{num_pages * size / _GIB:.2f} GiB; at most {config.max_sequences} "
+      f"sequences of {self.core.max_length:,} tokens"
+      + (f"; {len(self.cores)} copies" if several else "")
     )
 
   def _guide(self, guide: Mapping[str, Any]) -> TokenGuide:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxchunk.inference.draw import Drawn
+from jaxchunk.inference.placement import Placement
 from jaxchunk.inference.step import (
   Draws,
   Extras,
@@ -40,10 +41,6 @@ Run = Callable[[State, Any, int, Extras], tuple[State, Drawn | None]]
 # Draws for which the head's matrix is better on the left; see models.turned.
 _FEW = 16
 
-_whole = jax.jit(
-  run_step, static_argnames=("shape", "states"), donate_argnames=("state",)
-)
-
 
 def whole_step(
   model: Transformer,
@@ -53,28 +50,37 @@ def whole_step(
   *,
   shape: StepShape,
   states: tuple[PagedState, ...],
+  place: Placement,
 ) -> Run:
   """A step as one program.
 
   Args:
-    model: The model.
-    adapters: That requests may name.
+    model: The model, placed.
+    adapters: That requests may name, placed.
     state: Of the shapes that it will have.
     extras: Likewise.
     shape: Of the step.
     states: What layers do with pages.
+    place: Where all this is.
 
   Returns:
     The compiled step; it takes the state over.
   """
+  local = functools.partial(
+    run_step, shape=shape, states=states, vocab=place.vocab
+  )
+  step = place.on_devices(local, model, adapters, state)
   packed = jax.ShapeDtypeStruct((shape.packing.size,), jnp.int32)
-  compiled = _whole.lower(
-    model, adapters, state, packed, extras, shape=shape, states=states
-  ).compile()
+  compiled = (
+    jax.jit(step, donate_argnums=(2,))
+    .lower(model, adapters, state, packed, extras)
+    .compile()
+  )
 
   def run(
     state: State, packed: Any, number: int, extras: Extras
   ) -> tuple[State, Drawn | None]:
+    packed = jax.device_put(packed, place.everywhere)
     state, drawn = compiled(model, adapters, state, packed, extras)
     return state, drawn if number else None
 

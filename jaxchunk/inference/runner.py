@@ -15,6 +15,7 @@ from jaxtyping import Array
 from jaxchunk.inference.cost import MeasuredCost, keys_read
 from jaxchunk.inference.draw import PROMPT, Drawn
 from jaxchunk.inference.params import MAX_BIASES, SamplingParams
+from jaxchunk.inference.placement import Placement, placements
 from jaxchunk.inference.programs import LayeredSteps, Run, whole_step
 from jaxchunk.inference.scheduler import Plan
 from jaxchunk.inference.sequence import Sequence, Work
@@ -207,13 +208,14 @@ class Program:
 
 
 class DeviceRunner:
-  """Runs steps on the model's device.
+  """Runs steps on the model's devices.
 
   Args:
-    model: The model. On CPU its layers are copied one by one.
+    model: The model. On one CPU device its layers are copied one by one.
     states: What layers do with pages.
     shapes: Of the steps.
     num_pages: P.
+    place: Where it runs; `None` is where the model is.
     adapters: That requests may name.
     ends: Tokens that end a text.
     say: Told how far compiling is.
@@ -226,15 +228,19 @@ class DeviceRunner:
     states: tuple[PagedState, ...],
     shapes: Many[StepShape],
     num_pages: int,
+    place: Placement | None = None,
     adapters: AdapterSet | None = None,
     ends: tuple[int, ...] = (),
     say: Callable[[str], None] | None = None,
   ):
-    self._model, self._states, self._adapters = model, states, adapters
-    self._ends = ends
-    self._device = jax.tree.leaves(model)[0].devices().pop()
+    cfg = model.cfg
+    self._place = place or placements(cfg, model, None)[0]
+    self._model = model = self._place.put_model(model)
+    self._adapters = adapters = self._place.put_adapters(adapters)
+    self._states, self._ends = states, ends
     self._layered = None
-    if self._device.platform == "cpu":
+    devices = self._place.devices
+    if len(devices) == 1 and devices[0].platform == "cpu":
       self._layered = LayeredSteps(model, adapters, states)
     by_tokens = {shape.tokens: shape for shape in shapes}
     self._assembler = Assembler(by_tokens, states[0].page_size, num_pages)
@@ -242,10 +248,10 @@ class DeviceRunner:
     self._max_sequences = widest.max_sequences
     self._num_pages = num_pages
     self.state = self._start(num_pages, widest.max_sequences)
-    # On the device already.
     self._read: Any = None
     self._write: Any = None
-    self._nothing = jax.device_put(self._no_extras(), self._device)
+    # On the devices already.
+    self._nothing = jax.device_put(self._no_extras(), self._place.everywhere)
     began = time.perf_counter()
     self._programs = self._compile(by_tokens, say)
     self.startup_seconds = time.perf_counter() - began
@@ -261,8 +267,8 @@ class DeviceRunner:
         jnp.zeros((slots, cfg.vocab_size), jnp.int16),
       )
 
-    place = jax.sharding.SingleDeviceSharding(self._device)
-    return jax.jit(make, out_shardings=place)()
+    shardings = self._place.state_shardings(jax.eval_shape(make))
+    return jax.jit(make, out_shardings=shardings)()
 
   def _compile(
     self,
@@ -294,6 +300,7 @@ class DeviceRunner:
       self._nothing,
       shape=shape,
       states=self._states,
+      place=self._place,
     )
 
   def _no_extras(self) -> Extras:

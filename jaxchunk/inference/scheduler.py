@@ -315,6 +315,8 @@ class StallFree:
     if self.stored is not None:
       known = self.stored.restore(sequence, sequence.pages, known)
     sequence.computed = known
+    if not sequence.preemptions:
+      sequence.cached = min(known, sequence.prompt_length)
     self._name(sequence)
     sequence.slot = self._slots.pop()
     sequence.status = Status.RUNNING

@@ -53,6 +53,7 @@ class Sequence:
     named: How many of its pages the pool knows by these.
     slot: Its place in the runner's state; -1 is none.
     status: Where it stands.
+    cached: Tokens of its prompt that were known when it began first.
     preemptions: How often it lost its pages.
     first_token: When its first token came.
     first: The one that computes the prompt for all continuations of a request;
@@ -78,6 +79,7 @@ class Sequence:
   named: int = 0
   slot: int = -1
   status: Status = Status.WAITING
+  cached: int = 0
   preemptions: int = 0
   first_token: float | None = None
   first: "Sequence | None" = None

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxchunk.chunking.shards import take_rows
 from jaxchunk.inference.draw import Drawn, Rules, draw
 from jaxchunk.inference.packing import Packing
 from jaxchunk.kernels.paged_attention.pages import KVPages
+from jaxchunk.kernels.vma import vary_like
 from jaxchunk.kv.paged import PagedKV, PagedState, Rows, StepPlace
 from jaxchunk.models.adapter_set import (
   AdapterSet,
@@ -172,8 +174,9 @@ def run_step(
   *,
   shape: StepShape,
   states: tuple[PagedState, ...],
+  vocab: tuple[str, ...] = (),
 ) -> tuple[State, Drawn]:
-  """Runs a step.
+  """Runs a step; inside a `jax.shard_map` this device's part of the heads.
 
   Args:
     model: The model.
@@ -183,11 +186,12 @@ def run_step(
     extras: What few requests ask for.
     shape: Sizes.
     states: What layers do with pages, for each position of the pattern.
+    vocab: The mesh axis that splits embedding and head, if one does.
 
   Returns:
     The state afterwards, and a token for each of W draws.
   """
-  tokens = begin(model, state.tokens, packed, shape=shape)
+  tokens = begin(model, state.tokens, packed, shape=shape, vocab=vocab)
   period = len(states)
   whole, rest = divmod(model.cfg.num_layers, period)
 
@@ -219,7 +223,9 @@ def run_step(
   tokens, pages = several(tokens, pages, rest, whole)
   draws = find_draws(tokens.x, packed, extras, shape=shape)
   number = shape.packing.unpack(packed)["numbers"][2]
-  last, counts, drawn = _draw(model, draws, number, state.tokens, state.counts)
+  last, counts, drawn = _draw(
+    model, draws, number, state.tokens, state.counts, vocab
+  )
   return State(pages, last, counts), drawn
 
 
@@ -229,6 +235,7 @@ def begin(
   packed: Int[Array, " n"],
   *,
   shape: StepShape,
+  vocab: tuple[str, ...] = (),
 ) -> Tokens:
   """What comes before the first layer.
 
@@ -237,13 +244,14 @@ def begin(
     last: The last token drawn for each slot.
     packed: As `shape.packing` has it.
     shape: Sizes.
+    vocab: As in `run_step`.
   """
   given = shape.packing.unpack(packed)
   tokens, positions = given["tokens"], given["positions"]
   drawn = last.at[-1 - tokens].get(mode="fill", fill_value=0)
   tokens = jnp.where(tokens < 0, drawn, tokens)
   return Tokens(
-    model.embed_tokens(tokens[None]),
+    model.scale_embeddings(take_rows(model.embed[...], tokens[None], vocab)),
     positions,
     given["adapters"],
     _place(given, shape),
@@ -344,6 +352,7 @@ def run_draws(
   *,
   size: int,
   turned: bool = False,
+  vocab: tuple[str, ...] = (),
 ) -> tuple[Int[Array, " S"], Int[Array, "S V"], Drawn]:
   """The first `size` draws.
 
@@ -354,6 +363,7 @@ def run_draws(
     counts: How often each token came in each slot.
     size: How many; the last of them may be of no use.
     turned: Whether the head's matrix stands on the left of its product.
+    vocab: As in `run_step`.
 
   Returns:
     `last` and `counts` with the new tokens, and these.
@@ -363,11 +373,27 @@ def run_draws(
   if turned:
     logits = model.cap(turned_logits(x, model.unembed))
   else:
-    logits = model.logits(x[None])[0]
+    logits = _whole_rows(model.logits(x[None])[0], vocab)
   drawn = draw(logits, few.rules, counts, few.slots, turned=turned)
   last = last.at[few.slots].set(drawn.tokens, mode="drop")
   counts = counts.at[few.slots, drawn.tokens].add(1, mode="drop")
   return last, counts, drawn
+
+
+def _whole_rows(
+  logits: Float[Array, "R v"], vocab: tuple[str, ...]
+) -> Float[Array, "R V"]:
+  """Logits of the whole vocabulary, the same on every device."""
+  for axis in vocab:
+    parts = lax.axis_size(axis)
+    own = logits.shape[1]
+    whole = jnp.zeros((len(logits), own * parts), logits.dtype)
+    whole = lax.dynamic_update_slice_in_dim(
+      vary_like(whole, logits), logits, lax.axis_index(axis) * own, 1
+    )
+    # All but one are zero: the sum is exact, and known to be the same.
+    logits = lax.psum(whole, axis)
+  return logits
 
 
 def draw_sizes(most: int) -> tuple[int, ...]:
@@ -404,13 +430,16 @@ def _draw(
   number: Int[Array, ""],
   last: Int[Array, " S"],
   counts: Int[Array, "S V"],
+  vocab: tuple[str, ...],
 ) -> tuple[Int[Array, " S"], Int[Array, "S V"], Drawn]:
   """The first `number` draws, by a branch for about so many."""
   most = len(draws.slots)
   sizes = draw_sizes(most)
 
   def branch(size: int, last: Array, counts: Array) -> Any:
-    last, counts, drawn = run_draws(model, draws, last, counts, size=size)
+    last, counts, drawn = run_draws(
+      model, draws, last, counts, size=size, vocab=vocab
+    )
     short = most - size
     padded = jax.tree.map(
       lambda a: jnp.pad(a, ((0, short), *((0, 0),) * (a.ndim - 1))), drawn

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxchunk.kernels.vma import match_primal
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.lora import LINEARS, Adapter
 from jaxchunk.models.quantized import Matrix
@@ -83,7 +84,8 @@ class SelectedAdapters(Tape):
     parts = low_rank_parts(spec, w, *self._factors[name])
     h = jnp.einsum(parts.a_spec, x, parts.a.astype(x.dtype))
     h = h * self._selected.astype(x.dtype)[None]
-    return y + jnp.einsum(parts.b_spec, h, parts.b.astype(x.dtype))
+    part = jnp.einsum(parts.b_spec, h, parts.b.astype(x.dtype))
+    return y + (part if like is None else match_primal(part, like))
 
 
 def adapter_set(

@@ -27,7 +27,7 @@ CONFIG = jc.ModelConfig(
   head_dim=8,
   d_ff=48,
 )
-SMALL = dict(
+SMALL: dict = dict(
   max_length=128,
   max_sequences=4,
   step_tokens=16,

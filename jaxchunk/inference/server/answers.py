@@ -27,6 +27,7 @@ class Choice:
     finish_reason: As OpenAI says it.
     new_tokens: That were drawn.
     calls: Of tools.
+    cached: Tokens of the prompt that were known, at the first continuation.
     tool_text: Holds calls back; `None` if there are no tools.
     began: Whether a piece was sent.
     offset: Characters of its tokens so far.
@@ -37,6 +38,7 @@ class Choice:
   logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
   finish_reason: str | None = None
   new_tokens: int = 0
+  cached: int = 0
   calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   tool_text: ToolText | None = None
   began: bool = False
@@ -50,6 +52,9 @@ class Choice:
     if event.finish_reason is not None:
       self.finish_reason = event.finish_reason
       self.new_tokens = event.sequence.generated
+      # A prompt counts once, however many continuations it has.
+      first = event.sequence.index == 0
+      self.cached = event.sequence.cached if first else 0
       if self.tool_text is not None:
         rest, self.calls = self.tool_text.finish()
         piece += rest
@@ -122,14 +127,17 @@ class Writer:
     """Tells how many tokens there were."""
     return {**self._head(self.piece), "choices": [], "usage": self.usage()}
 
-  def usage(self) -> dict[str, int]:
-    """How many tokens there were."""
+  def usage(self) -> dict[str, Any]:
+    """How many tokens there were, and how many of the prompt's were known."""
     prompt = self.job.prompt_tokens
     new = sum(choice.new_tokens for choice in self.choices)
     return {
       "prompt_tokens": prompt,
       "completion_tokens": new,
       "total_tokens": prompt + new,
+      "prompt_tokens_details": {
+        "cached_tokens": sum(choice.cached for choice in self.choices)
+      },
     }
 
   def _head(self, kind: str) -> dict[str, Any]:

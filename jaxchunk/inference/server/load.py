@@ -11,6 +11,7 @@ from jaxchunk.inference.engine import Engine, EngineConfig
 from jaxchunk.inference.server.served import Served
 from jaxchunk.interop.hugging_face import load_hf
 from jaxchunk.interop.peft import load_peft
+from jaxchunk.sharding.mesh import Layout
 from jaxchunk.training.checkpoint import load_for_inference
 
 
@@ -22,6 +23,7 @@ def load_served(
   chat_template: str | None = None,
   name: str | None = None,
   config: EngineConfig | None = None,
+  layout: Layout | None = None,
   say: Callable[[str], None] | None = None,
 ) -> Served:
   """Loads a model and makes its engine.
@@ -33,6 +35,7 @@ def load_served(
     chat_template: "chatml" or the path of one; `None` is the model's own.
     name: Of the model; `None` is the folder's.
     config: Of the engine.
+    layout: Likewise; `None` is one device.
     say: Told what takes long.
 
   Raises:
@@ -60,6 +63,7 @@ def load_served(
     transformer,
     tokenizer,
     config=config,
+    layout=layout,
     adapters={
       adapter: load_peft(transformer, place)
       for adapter, place in (adapters or {}).items()

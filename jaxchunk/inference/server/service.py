@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 from jaxchunk.inference.core import CoreStats, EngineCore, Request
 from jaxchunk.inference.engine import Engine
 from jaxchunk.inference.output import Event
+from jaxchunk.inference.replicas import Replicas, add_stats
 from jaxchunk.inference.server import errors
 from jaxchunk.inference.server.errors import ApiError
 
@@ -81,9 +82,13 @@ class Snapshot:
   stats: CoreStats
 
 
-def take_snapshot(core: EngineCore) -> Snapshot:
-  """Writes down how an engine stands; for the thread that runs it."""
-  scheduler, pool = core.scheduler, core.scheduler.pool
+def take_snapshot(cores: Sequence[EngineCore]) -> Snapshot:
+  """Writes down how an engine stands; for the thread that runs it.
+
+  Args:
+    cores: Of its copies of the model.
+  """
+  pools = [core.scheduler.pool for core in cores]
   rows = tuple(
     Row(
       request_id=s.request_id,
@@ -95,18 +100,19 @@ def take_snapshot(core: EngineCore) -> Snapshot:
       adapter=s.adapter,
       preemptions=s.preemptions,
     )
-    for s in scheduler.running
+    for core in cores
+    for s in core.scheduler.running
   )
   return Snapshot(
     time=time.monotonic(),
     rows=rows,
-    waiting=scheduler.num_waiting,
-    pages_held=pool.held,
-    pages_total=pool.num_pages,
-    page_size=pool.page_size,
-    pages_asked=pool.stats.asked,
-    pages_found=pool.stats.found,
-    stats=dataclasses.replace(core.stats),
+    waiting=sum(core.scheduler.num_waiting for core in cores),
+    pages_held=sum(pool.held for pool in pools),
+    pages_total=sum(pool.num_pages for pool in pools),
+    page_size=pools[0].page_size,
+    pages_asked=sum(pool.stats.asked for pool in pools),
+    pages_found=sum(pool.stats.found for pool in pools),
+    stats=add_stats(core.stats for core in cores),
   )
 
 
@@ -199,7 +205,7 @@ class EngineService:
     self.engine, self.max_queue = engine, max_queue
     self.capacity = max_queue + engine.config.max_sequences
     self.state: State = "running"
-    self.snapshot = take_snapshot(engine.core)
+    self.snapshot = take_snapshot(engine.cores)
     self._watch = watch
     self._inbox: queue.SimpleQueue[Callable[[], None] | None] = (
       queue.SimpleQueue()
@@ -324,7 +330,7 @@ class EngineService:
       self._call(self._fail)
 
   @property
-  def _core(self) -> EngineCore:
+  def _core(self) -> EngineCore | Replicas:
     return self.engine.core
 
   def _step(self) -> None:
@@ -388,7 +394,7 @@ class EngineService:
     before = self.snapshot
     if self._core.has_work and now - before.time < _PUBLISH:
       return
-    after = take_snapshot(self._core)
+    after = take_snapshot(self.engine.cores)
     new = after.stats.new_tokens - before.stats.new_tokens
     recent = (pair for pair in self._speeds if now - pair[0] <= _WINDOW)
     self._speeds = (*recent, (now, new))

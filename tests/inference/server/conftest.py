@@ -92,6 +92,7 @@ def fake_engine(text="hello ", *, sequences=4, pages=64, length=256):
   )
   return types.SimpleNamespace(
     core=core,
+    cores=[core],
     runner=runner,
     tokenizer=tokenizer,
     max_length=core.max_length,

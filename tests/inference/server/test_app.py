@@ -67,6 +67,7 @@ def test_a_completion():
       assert found["token_logprobs"] == [-0.5] * 7
       assert found["top_logprobs"][0] == {"\0": -1, "\x01": -2, "h": -0.5}
     usage = {"prompt_tokens": 4, "completion_tokens": 28, "total_tokens": 32}
+    assert answer["usage"].pop("prompt_tokens_details") == {"cached_tokens": 0}
     assert answer["usage"] == usage
     await idle(service)
 

@@ -135,7 +135,7 @@ class EngineCore:
     self.stats = CoreStats()
     self._ends = frozenset(ends)
     self._adapters = dict(adapters or {})
-    self._policy, self._swap, self._guides = policy, swap, guides
+    self._policy, self.swap, self._guides = policy, swap, guides
     self._seeds = random.Random(seed)
     self._live: dict[str, list[Sequence]] = {}
     self._texts: dict[Sequence, TextStream] = {}
@@ -291,9 +291,9 @@ class EngineCore:
 
   def _before(self, plan: Plan) -> None:
     self.stats.preemptions += len(plan.preempted)
-    if self._swap is not None:
+    if self.swap is not None:
       for lost in plan.preempted:
-        self._swap.park(lost)
+        self.swap.park(lost)
 
   def _after(self, plan: Plan) -> None:
     if not plan.works:
@@ -304,9 +304,9 @@ class EngineCore:
     stats.prompt_tokens += sum(w.count for w in plan.works if w.count > 1)
     total = plan.tokens
     stats.padding_tokens += self.scheduler.limits.shape(total) - total
-    if self._swap is not None:
+    if self.swap is not None:
       for work in plan.works:
-        self._swap.offer(work.sequence)
+        self.swap.offer(work.sequence)
 
   def _collect(self, ticket: Ticket) -> list[Event]:
     drawn = ticket.result()
@@ -360,8 +360,8 @@ class EngineCore:
     reason: FinishReason,
   ) -> Event:
     self.scheduler.remove(sequence)
-    if self._swap is not None:
-      self._swap.drop(sequence)
+    if self.swap is not None:
+      self.swap.drop(sequence)
     del self._texts[sequence]
     live = self._live[sequence.request_id]
     live.remove(sequence)

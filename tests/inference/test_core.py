@@ -176,7 +176,7 @@ def test_random_traces_equal_one_at_a_time(runner, alone, way):
     totals["preemptions"] += core.stats.preemptions
     totals["cached"] += core.stats.cached_tokens
     if tier is not None:
-      totals["resumed"] += core._swap.stats.resumed
+      totals["resumed"] += core.swap.stats.resumed
       tier.close()
   assert totals["cancelled"] > 5
   # Who looks ahead need not take pages back.
@@ -191,16 +191,16 @@ def test_chunks_come_back_from_the_host(runner, alone):
   tier = HostTier(2**26)
   core = make_core(runner, tier=tier)
   # A chunk here is longer than a sequence can be: take smaller ones.
-  core._swap.group = 2
+  core.swap.group = 2
   prompt = tuple(range(3, 60))
   requests = [Request(request_id="a", prompt=prompt, params=GREEDY)]
-  core._swap._copier = Grouped(runner, 2)
+  core.swap._copier = Grouped(runner, 2)
   run(core, requests)
   core.scheduler.pool.forget()
   before = core.stats.prompt_tokens
   tokens, _ = run(core, [dataclasses.replace(requests[0], request_id="b")])
   assert tokens["b", 0] == alone(prompt, 8)
-  assert core._swap.stats.restored == 56
+  assert core.swap.stats.restored == 56
   assert core.stats.prompt_tokens == before
   # A damaged copy is not used.
   core.scheduler.pool.forget()

@@ -62,6 +62,20 @@ def rounded(value: Any, digits: int = 4) -> Any:
   return value
 
 
+class Compilations:
+  """Counts programs that are compiled while it listens."""
+
+  def __init__(self) -> None:
+    import jax
+
+    self.count = 0
+    jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+  def _hear(self, name: str, seconds: float, **_: Any) -> None:
+    del seconds
+    self.count += name.endswith("backend_compile_duration")
+
+
 def torch_settings() -> list[tuple[int, str]]:
   """Threads and waiting policies to try: torch's best differs by machine."""
   cores = len(os.sched_getaffinity(0))

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
-from common import report, rounded
+from common import Compilations, report, rounded
 from flax import nnx
 
 import jaxchunk as jc
@@ -209,18 +209,6 @@ def chunk_difference(runner: DeviceRunner, model: jc.Transformer) -> float:
       for token, value in events[0].logprobs[0].top:
         worst = max(worst, abs(value - log_p[token]) / np.ptp(logits))
   return float(worst)
-
-
-class Compilations:
-  """Counts programs that are compiled while it listens."""
-
-  def __init__(self) -> None:
-    self.count = 0
-    jax.monitoring.register_event_duration_secs_listener(self._hear)
-
-  def _hear(self, name: str, seconds: float, **_: Any) -> None:
-    del seconds
-    self.count += name.endswith("backend_compile_duration")
 
 
 def main(_: list[str]) -> None:

@@ -28,6 +28,7 @@ from jaxchunk.inference.scheduler import SCHEDULERS, Limits
 from jaxchunk.inference.step import StepShape
 from jaxchunk.inference.swap import PageSwap
 from jaxchunk.kv.paged import NARROW, page_bytes, paged_states
+from jaxchunk.kv.policies import KeepAll, Selector
 from jaxchunk.kv.pool import PagePool
 from jaxchunk.kv.tiers import HostTier
 from jaxchunk.models.adapter_set import adapter_set
@@ -202,6 +203,7 @@ class Engine:
     adapters: Models with LoRA adapters beside the same model, by the names
       that requests may ask for.
     ends: Tokens that end a text, beside the tokenizer's EOS.
+    selector: Chooses the pages that queries read; `None` is all.
     layout: `data` copies of the model, each over `tensor` devices that share
       heads and matrices; each copy has the sizes of `config`. `None` is where
       the model is.
@@ -222,6 +224,7 @@ class Engine:
     config: EngineConfig | None = None,
     adapters: Mapping[str, Transformer] | None = None,
     ends: Iterable[int] = (),
+    selector: Selector | None = None,
     layout: Layout | None = None,
     devices: Sequence[jax.Device] | None = None,
     say: Callable[[str], None] | None = None,
@@ -234,10 +237,13 @@ class Engine:
     self.model_config = cfg = model.cfg
     say = say or logging.getLogger("jaxchunk").info
     length = max_length_of(cfg, config)
+    selector = selector or KeepAll()
     states = paged_states(
       cfg,
       page_size=config.page_size,
       kv_dtype=config.kv_dtype,
+      beside=selector.beside,
+      selector=selector,
       implementation=config.implementation,
     )
     size = page_bytes(cfg, states)
@@ -303,6 +309,7 @@ class Engine:
         tokenizer=tokenizer,
         ends=every_end,
         adapters={name: n for n, name in enumerate(adapters or {})},
+        policy=selector.name,
         swap=swap,
         guides=self._guide,
         seed=seed,

@@ -255,7 +255,6 @@ class DeviceRunner:
     began = time.perf_counter()
     self._programs = self._compile(by_tokens, say)
     self.startup_seconds = time.perf_counter() - began
-    self.compilations = len(self._programs)
 
   def _start(self, num_pages: int, slots: int) -> State:
     cfg, states = self._model.cfg, self._states

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxchunk.inference.cost import Cost, keys_of, keys_read
 from jaxchunk.inference.sequence import Sequence, Status, Work
+from jaxchunk.kv.policies import Prefix, Reuser
 from jaxchunk.kv.pool import PagePool
 
 
@@ -131,6 +132,7 @@ class StallFree:
     pool: The pages.
     stored: Pages outside of the pool; `None` is none.
     cost: What a step takes, for `limits.slowdown`.
+    reuser: Finds known keys of a prompt; `None` is those of equal beginnings.
   """
 
   def __init__(
@@ -140,8 +142,10 @@ class StallFree:
     stored: Stored | None = None,
     *,
     cost: Cost | None = None,
+    reuser: Reuser | None = None,
   ):
     self.limits, self.pool, self.stored = limits, pool, stored
+    self._reuser = reuser or Prefix()
     self._cost = cost
     # Of the step that is planned; `None` is any.
     self._seconds: float | None = None
@@ -304,7 +308,12 @@ class StallFree:
     size = self.pool.page_size
     # One token at least has to run, for the logits behind it.
     names = sequence.page_names(size, sequence.length - 1)
-    pages = self.pool.look_up(names)
+    reuse = self._reuser.find(names, self.pool)
+    if reuse.repair or any(one.start for one in reuse.segments):
+      raise NotImplementedError(
+        f"{self._reuser} finds more than a beginning: that is not served so far"
+      )
+    pages = [page for one in reuse.segments for page in one.pages]
     missing = -(-sequence.length // size) - len(pages)
     more = self.pool.allocate(missing)
     if more is None:
@@ -375,6 +384,7 @@ class PastFuture(StallFree):
     pool: The pages.
     stored: Pages outside of the pool; `None` is none.
     cost: What a step takes, for `limits.slowdown`.
+    reuser: As of `StallFree`.
     reserve: Part of the pages that is left for those that become longer.
   """
 
@@ -385,9 +395,10 @@ class PastFuture(StallFree):
     stored: Stored | None = None,
     *,
     cost: Cost | None = None,
+    reuser: Reuser | None = None,
     reserve: float = 0.05,
   ):
-    super().__init__(limits, pool, stored, cost=cost)
+    super().__init__(limits, pool, stored, cost=cost, reuser=reuser)
     if not 0 <= reserve < 1:
       raise ValueError(f"reserve={reserve} must be at least 0 and below 1")
     self._reserve, self._lengths = reserve, Lengths()

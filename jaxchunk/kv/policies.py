@@ -21,6 +21,10 @@ class Selector(Protocol):
   def name(self) -> str:
     """Of the policy, with all that changes what it does."""
 
+  @property
+  def beside(self) -> bool:
+    """Whether it needs positions and log-weights beside the keys."""
+
   def select(
     self,
     q: Float[Array, "R K G Q H"],
@@ -40,7 +44,7 @@ class Selector(Protocol):
 
     Returns:
       A view of some of these pages, for each row and key head. If it leaves
-      pages out, the pages must have positions beside the keys.
+      pages out, it needs positions beside the keys.
     """
 
 

@@ -13,6 +13,7 @@ from jaxchunk.data.tokenizers import ByteTokenizer
 from jaxchunk.inference.core import RequestError
 from jaxchunk.inference.engine import EngineConfig
 from jaxchunk.inference.generate import generate
+from jaxchunk.kv.policies import KeepAll
 from jaxchunk.models.adapters import add_lora, merge_lora
 from jaxchunk.models.lora import LoRA
 from tests.inference.conftest import random_model
@@ -185,6 +186,40 @@ def test_texts_of_a_form(engine):
   assert not engine.core.has_work
 
 
+@dataclasses.dataclass(frozen=True)
+class Backwards:
+  """Shows all pages, the last full one first: only their order changes."""
+
+  name: str = "backwards"
+  beside: bool = True
+
+  def select(self, q, pages, layer, view, q_positions):
+    del q, layer, q_positions
+    Z = pages.k.shape[3]
+    full = view.lengths[..., None] // Z
+    at = jax.numpy.arange(view.table.shape[-1])[None, None]
+    turned = jax.numpy.where(at < full, full - 1 - at, at)
+    table = jax.numpy.take_along_axis(view.table, turned, axis=-1)
+    return dataclasses.replace(view, table=table)
+
+
+def test_a_selector_sees_every_layers_queries_and_pages(model, engine):
+  prompts = [tuple(range(10, 10 + n)) for n in (40, 23, 3)]
+  how = dict(temperature=0, max_tokens=12, ignore_eos=True)
+  usual = engine.generate(prompts, **how)
+  turned = jc.Engine(model, selector=Backwards(), **SMALL)
+  assert turned.runners[0].state.pages[0].positions is not None
+  answers = turned.generate(prompts, **how)
+  assert [a.tokens for a in answers] == [a.tokens for a in usual]
+
+
+def test_keeping_all_changes_nothing(engine):
+  """What other compactors will be held against."""
+  pages = engine.runners[0].state.pages[0]
+  view = object()
+  assert KeepAll().compact(pages, view, None) == (pages, view)
+
+
 def test_pages_of_eight_bits_change_little(model):
   """Next to nothing at the logits, so that a few tokens stay the same."""
   prompts = [tuple(range(10, 10 + n)) for n in (40, 23)]
@@ -198,7 +233,7 @@ def test_pages_of_eight_bits_change_little(model):
       common = a.keys() & b.keys()
       assert len(common) >= 3
       assert max(abs(a[token] - b[token]) for token in common) < most
-    pages = engine.runner.state.pages[0]
+    pages = engine.runners[0].state.pages[0]
     assert pages.k.dtype == kv_dtype and pages.k_scale is not None
 
 

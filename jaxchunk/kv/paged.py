@@ -8,6 +8,7 @@ that heads may come to read different tokens. What a view shows is up to a
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -278,11 +279,16 @@ def put(
   pages: Array, layer: Any, slots: Int[Array, " T"], values: Array
 ) -> Array:
   """Writes `values [K,T,...]` to places of a layer of `pages [L,K,P,Z,...]`."""
-  L, K, P, Z, *rest = pages.shape
-  flat = pages.reshape(L, K, P * Z, *rest)
-  values = values.astype(pages.dtype)
-  flat = flat.at[layer, :, slots].set(
-    jnp.moveaxis(values, 1, 0), mode="drop", unique_indices=True
+  _, K, P, Z, *rest = pages.shape
+  # One row of numbers for each key: with key heads beside the places, TPUs
+  # would turn all pages around for the update and back.
+  first = (layer * K + jnp.arange(K, dtype=jnp.int32)) * (P * Z)
+  inside = slots < P * Z
+  rows = first[:, None] + slots[None]
+  rows = jnp.where(inside[None], rows, math.prod(pages.shape[:4]))
+  flat = pages.reshape(-1, *rest)
+  flat = flat.at[rows.reshape(-1)].set(
+    values.astype(pages.dtype).reshape(-1, *rest), mode="drop"
   )
   return flat.reshape(pages.shape)
 

@@ -265,12 +265,17 @@ def _overlapping(
   return mask
 
 
+# Characters that may be held back; what is so long is no text.
+_LONGEST_RUN = 64
+
+
 class StreamDecoder:
   """Decodes ids one by one and never emits half a character.
 
   All that `push` and the final `flush` return, joined, is the `decode` of all
   the ids. A run of bytes that is not UTF-8 is held back until a valid
-  character follows it or until `flush`, because only then is its text known.
+  character follows it, it is long, or `flush` comes: only then is its text
+  known.
   (A decoder with byte fallback makes U+FFFD of a whole run of bytes if it ends
   badly; characters of that run that were already shown are not taken back.)
   """
@@ -288,12 +293,17 @@ class StreamDecoder:
     self._ids.append(int(token))
     text = self._tokenizer.decode(self._ids)
     sure = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    if len(text) - len(sure) > _LONGEST_RUN:
+      sure = text
     new = sure[self._emitted :]
     self._emitted = max(self._emitted, len(sure))
     if text and len(sure) == len(text):
       self._ids = self._ids[self._context :]
       self._context = len(self._ids)
       self._emitted = len(self._tokenizer.decode(self._ids))
+    elif not text:
+      # Tokens without text, such as special ones: no need to keep them all.
+      self._ids, self._context = self._ids[-1:], 0
     return new
 
   def flush(self) -> str:

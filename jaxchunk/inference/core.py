@@ -8,6 +8,7 @@ thrown away.
 """
 
 import dataclasses
+import logging
 import random
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from jaxchunk.inference.output import (
   TextStream,
   TokenLogprobs,
 )
-from jaxchunk.inference.params import SamplingParams
+from jaxchunk.inference.params import MAX_BIASES, SamplingParams
 from jaxchunk.inference.runner import Runner, Ticket
 from jaxchunk.inference.scheduler import Lost, Plan, StallFree
 from jaxchunk.inference.sequence import Guide, Sequence, Status
@@ -79,8 +80,8 @@ class CoreStats:
 
   Attributes:
     steps: That were dispatched.
-    prompt_tokens: Of prompts that ran, again after a preemption.
-    cached_tokens: Of prompts that were known already.
+    prompt_tokens: That ran in parts of several, again after a preemption.
+    cached_tokens: That were known, or came back, when a sequence began.
     new_tokens: That were drawn and handed out.
     wasted_tokens: That were drawn for texts which had ended.
     padding_tokens: That programs ran beside those.
@@ -203,8 +204,16 @@ class EngineCore:
           )
     if params.stop and self.tokenizer is None:
       raise RequestError("stop texts need a tokenizer", "stop")
-    if request.request_id in self._live:
+    ending = {event.sequence.request_id for event in self._cancelled}
+    if request.request_id in self._live or request.request_id in ending:
       raise RequestError(f"request {request.request_id!r} runs already")
+    banned = len(params.stop_token_ids) + len(self._ends)
+    if params.min_tokens and len(params.logit_bias) + banned > MAX_BIASES:
+      raise RequestError(
+        f"logit_bias has {len(params.logit_bias)} tokens, and min_tokens needs "
+        f"{banned} more; together at most {MAX_BIASES}",
+        "logit_bias",
+      )
 
   def add(self, request: Request) -> list[Sequence]:
     """Takes a request.
@@ -276,17 +285,34 @@ class EngineCore:
 
   def begin_step(self) -> None:
     """Dispatches a step, if there is something to do."""
-    plan = self.scheduler.schedule()
-    self._before(plan)
-    self._next = self.runner.dispatch(plan) if plan.works else None
-    self._after(plan)
+    try:
+      plan = self.scheduler.schedule()
+      self._before(plan)
+      self._next = self.runner.dispatch(plan) if plan.works else None
+      self._after(plan)
+    except BaseException:
+      # Sequences count as computed what may never run.
+      self._abandon()
+      raise
+
+  def _abandon(self) -> None:
+    """Ends all without an event, and forgets what pages hold."""
+    for sequence in [s for live in self._live.values() for s in live]:
+      self.scheduler.remove(sequence)
+      if self.swap is not None:
+        self.swap.drop(sequence)
+    self._live.clear()
+    self._texts.clear()
+    self._under_way = self._next = None
+    self.scheduler.pool.forget()
 
   def end_step(self) -> list[Event]:
     """Waits for the step before the one that was begun."""
+    ticket, self._under_way, self._next = self._under_way, self._next, None
+    drawn = None if ticket is None else ticket.result()
     events, self._cancelled = self._cancelled, []
-    if self._under_way is not None:
-      events += self._collect(self._under_way)
-    self._under_way, self._next = self._next, None
+    if ticket is not None and drawn is not None:
+      events += self._collect(ticket, drawn)
     return events
 
   def _before(self, plan: Plan) -> None:
@@ -308,10 +334,7 @@ class EngineCore:
       for work in plan.works:
         self.swap.offer(work.sequence)
 
-  def _collect(self, ticket: Ticket) -> list[Event]:
-    drawn = ticket.result()
-    if drawn is None:
-      return []
+  def _collect(self, ticket: Ticket, drawn: Drawn) -> list[Event]:
     now = self.runner.now()
     tokens = np.asarray(drawn.tokens).tolist()
     events = []
@@ -336,7 +359,12 @@ class EngineCore:
     at_end = token in self._ends and not params.ignore_eos
     if counts and (at_end or token in params.stop_token_ids):
       return self._end(sequence, (), text.flush(), (), "stop")
-    goes_on = sequence.guide is None or sequence.guide.accept(token)
+    try:
+      goes_on = sequence.guide is None or sequence.guide.accept(token)
+    except Exception:
+      # Its own trouble: the others' tokens are here too.
+      logging.getLogger("jaxchunk").exception("a guide has failed")
+      goes_on = False
     logprobs = _logprobs(sequence, token, row, drawn)
     piece = text.push(token, watch=counts)
     reason: FinishReason | None = None
@@ -359,7 +387,7 @@ class EngineCore:
     logprobs: tuple[TokenLogprobs, ...],
     reason: FinishReason,
   ) -> Event:
-    self.scheduler.remove(sequence)
+    self.scheduler.remove(sequence, whole=reason != "cancelled")
     if self.swap is not None:
       self.swap.drop(sequence)
     del self._texts[sequence]

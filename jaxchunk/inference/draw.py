@@ -212,6 +212,7 @@ def _moved(
 
 
 def _random(logits: Float[Array, "R V"], rules: Rules) -> Int[Array, " R"]:
+  logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
   # The largest becomes 0, so that no temperature makes it infinite.
   logits = logits - jnp.max(logits, axis=-1, keepdims=True)
   smallest = float(jnp.finfo(logits.dtype).tiny)
@@ -252,7 +253,8 @@ def pick(
   before = jnp.take_along_axis(upto, block[:, None], 1) - own
   inside = before + jnp.cumsum(within, axis=1)
   place = _first(inside > goal, within > 0)
-  return (block * _BLOCK + place).astype(jnp.int32)
+  # Of weights that are all zero or no numbers, none is the right one.
+  return jnp.minimum(block * _BLOCK + place, V - 1).astype(jnp.int32)
 
 
 def _first(
@@ -279,6 +281,8 @@ def _keep_top_p(
 ) -> Float[Array, "R V"]:
   """The largest logits that reach p together, and those equal to the last."""
   probs = jax.nn.softmax(logits)
+  # The likeliest token stays, however little is asked for.
+  p = jnp.maximum(p, jnp.finfo(p.dtype).tiny)
   least = _threshold(logits, probs, p)
   keep = (_ordered(logits) >= least[:, None]) | (p >= 1)[:, None]
   return jnp.where(keep, logits, -jnp.inf)

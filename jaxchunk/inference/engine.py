@@ -5,9 +5,11 @@ for answer in engine.generate(["Once upon", "import os"], max_tokens=50):
   print(answer.text)
 """
 
+import collections
 import dataclasses
 import itertools
 import logging
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -269,6 +271,7 @@ class Engine:
       every_end.add(tokenizer.eos_id)
     self._guides: Guides | None = None
     self._numbers = itertools.count()
+    self._boxes: dict[str, collections.deque[Event]] = {}
     beside = adapter_set(cfg, adapters or {})
     self.runners = [
       DeviceRunner(
@@ -388,6 +391,7 @@ class Engine:
       for request in requests
     }
     left = {request.request_id: request.params.n for request in requests}
+    done = 0
     for event in self._run(requests):
       sequence = event.sequence
       answer = answers[sequence.request_id]
@@ -395,8 +399,8 @@ class Engine:
       if event.finish_reason is None:
         continue
       left[sequence.request_id] -= 1
+      done += not left[sequence.request_id]
       if progress is not None and not left[sequence.request_id]:
-        done = sum(not number for number in left.values())
         progress(done, len(requests))
     return list(answers.values())
 
@@ -432,29 +436,53 @@ class Engine:
     return self._run([request])
 
   def _run(self, requests: Sequence[Request]) -> Iterator[Event]:
-    """Serves requests; cancels what is left if nobody listens any more."""
-    mine = {request.request_id for request in requests}
+    """Serves requests; cancels what is left if nobody listens any more.
+
+    Several may run by turns: events go to whom they are for.
+    """
+    box: collections.deque[Event] = collections.deque()
+    left = {request.request_id: request.params.n for request in requests}
     try:
       for request in requests:
+        self._boxes[request.request_id] = box
         self.core.add(request)
-      while self.core.has_work:
-        for event in self.core.step():
-          if event.sequence.request_id in mine:
-            yield event
+      while left or box:
+        while not box:
+          self._step()
+        event = box.popleft()
+        name = event.sequence.request_id
+        left[name] -= event.finish_reason is not None
+        if not left[name]:
+          del left[name], self._boxes[name]
+        yield event
     finally:
-      for name in mine:
+      for name in left:
+        self._boxes.pop(name, None)
         self.core.cancel(name)
-      while self.core.has_work:
+      # What it left under way; others' requests go on when they are asked for.
+      while self.core.has_work and not self._boxes:
         self.core.step()
+
+  def _step(self) -> None:
+    for event in self.core.step():
+      box = self._boxes.get(event.sequence.request_id)
+      if box is not None:
+        box.append(event)
+
+  def close(self) -> None:
+    """Ends the threads that copy to the host; the engine is of no use then."""
+    if self.tier is not None:
+      self.tier.close()
 
   def encode(self, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a prompt.
 
     Raises:
       ValueError: It is text and there is no tokenizer, or it is empty.
+      TypeError: A token is no integer.
     """
     if not isinstance(prompt, str):
-      return tuple(int(token) for token in prompt)
+      return tuple(operator.index(token) for token in prompt)
     if self.tokenizer is None:
       raise ValueError("a prompt of text needs Engine(model, tokenizer)")
     return tuple(encode_prompt(self.tokenizer, prompt).tolist())

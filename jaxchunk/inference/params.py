@@ -11,6 +11,8 @@ MAX_LOGPROBS = 20
 MAX_BIASES = 300
 """Tokens whose logits a request may move."""
 
+_LARGEST_BIAS = 1e4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -23,7 +25,8 @@ class SamplingParams:
     min_tokens: Before so many neither `stop` nor the end of the text counts.
     n: How many continuations.
     seed: Of the draws; continuation i draws by `seed + i`. The same seed gives
-      the same tokens whatever else runs. `None` is a new one each time.
+      the same tokens whatever else runs, but where two are equally likely up to
+      rounding. `None` is a new one each time.
     stop: Texts that end a continuation; they are not part of it.
     stop_token_ids: Likewise tokens.
     ignore_eos: Go on behind the end of the text.
@@ -73,18 +76,12 @@ class SamplingParams:
         raise ValueError(f"{name}={value!r} must be an integer")
       if not low <= value <= high:
         raise ValueError(f"{name}={value} must be from {low} to {high}")
-    for name, low, high in _NUMBERS:
+    for name, least, most in _NUMBERS:
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}={value!r} must be a number")
-      if not low <= value <= high:
-        raise ValueError(f"{name}={value} must be from {low:g} to {high:g}")
-    if self.top_p == 0:
-      raise ValueError("top_p=0 must be above 0, and at most 1")
-    if not self.repetition_penalty > 0:
-      raise ValueError(
-        f"repetition_penalty={self.repetition_penalty} must be positive"
-      )
+      if not least <= value <= most:
+        raise ValueError(f"{name}={value} must be from {least:g} to {most:g}")
     self._check_stops()
     self._check_biases()
 
@@ -108,8 +105,12 @@ class SamplingParams:
     for token, value in self.logit_bias.items():
       if not isinstance(token, int) or token < 0:
         raise ValueError(f"logit_bias has {token!r}, which is no token id")
-      if not isinstance(value, int | float) or math.isnan(value):
-        raise ValueError(f"logit_bias of token {token} is {value!r}, no number")
+      number = isinstance(value, int | float) and not math.isnan(value)
+      if not number or (abs(value) > _LARGEST_BIAS and value != -math.inf):
+        raise ValueError(
+          f"logit_bias of token {token} is {value!r}, not from "
+          f"-{_LARGEST_BIAS:g} to {_LARGEST_BIAS:g}, nor -inf"
+        )
 
   @property
   def greedy(self) -> bool:
@@ -137,10 +138,10 @@ _INTEGERS = (
   ("top_k", 1, _LARGE),
 )
 _NUMBERS = (
-  ("repetition_penalty", 0, 100),
+  ("repetition_penalty", 0.01, 100),
   ("presence_penalty", -100, 100),
   ("frequency_penalty", -100, 100),
   ("temperature", 0, 100),
-  ("top_p", 0, 1),
+  ("top_p", 1e-6, 1),
   ("min_p", 0, 1),
 )

@@ -70,18 +70,21 @@ def whole_step(
     run_step, shape=shape, states=states, vocab=place.vocab
   )
   step = place.on_devices(local, model, adapters, state)
+  # Flattening the model anew in each call takes long.
+  arrays, rebuild = _flattened((model, adapters))
+
+  def flat(arrays: Any, state: Any, packed: Any, extras: Any) -> Any:
+    return step(*rebuild(arrays), state, packed, extras)
+
   packed = jax.ShapeDtypeStruct((shape.packing.size,), jnp.int32)
-  compiled = (
-    jax.jit(step, donate_argnums=(2,))
-    .lower(model, adapters, state, packed, extras)
-    .compile()
-  )
+  program = jax.jit(flat, donate_argnums=(1,))
+  compiled = program.lower(arrays, state, packed, extras).compile()
 
   def run(
     state: State, packed: Any, number: int, extras: Extras
   ) -> tuple[State, Drawn | None]:
     packed = jax.device_put(packed, place.everywhere)
-    state, drawn = compiled(model, adapters, state, packed, extras)
+    state, drawn = compiled(arrays, state, packed, extras)
     return state, drawn if number else None
 
   return run

@@ -62,10 +62,10 @@ class DeviceTicket:
     """Waits for the step."""
     if self.drawn is None:
       return None
-    tokens = jax.device_get(self.drawn.tokens)
     if any(w.sequence.params.logprobs is not None for w in self.works):
       reported: Drawn = jax.device_get(self.drawn)
       return reported
+    tokens = jax.device_get(self.drawn.tokens)
     return dataclasses.replace(self.drawn, tokens=tokens)
 
 
@@ -252,6 +252,9 @@ class DeviceRunner:
     self._write: Any = None
     # On the devices already.
     self._nothing = jax.device_put(self._no_extras(), self._place.everywhere)
+    # Of the last step in which somebody asked for something.
+    self._asking: list[tuple[int, Sequence]] = []
+    self._asked: Extras = self._nothing
     began = time.perf_counter()
     self._programs = self._compile(by_tokens, say)
     self.startup_seconds = time.perf_counter() - began
@@ -327,7 +330,7 @@ class DeviceRunner:
     V = self._model.cfg.vocab_size
     prompt = sequence.tokens[: sequence.prompt_length]
     since = sequence.tokens[sequence.prompt_length :]
-    row = np.bincount(np.asarray(since, np.int64), minlength=V)
+    row = np.bincount(np.asarray(since, np.int64), minlength=V)[:V]
     row = np.minimum(row, PROMPT - 1).astype(np.int16)
     row[np.unique(prompt)] += PROMPT
     slot = np.asarray(sequence.slot, np.int32)
@@ -341,20 +344,23 @@ class DeviceRunner:
     ]
     if not asking:
       return self._nothing
+    changing = any(s.guide or s.params.min_tokens for _, s in asking)
+    if asking == self._asking and not changing:
+      return self._asked
     extras: Any = self._no_extras()
     for row, sequence in asking:
       biases = dict(sequence.params.logit_bias)
-      if sequence.generated < sequence.params.min_tokens:
+      if sequence.drawing < sequence.params.min_tokens:
         stops = (*self._ends, *sequence.params.stop_token_ids)
         biases |= dict.fromkeys(stops, -np.inf)
-      number = min(len(biases), MAX_BIASES)
-      extras.bias_ids[row, :number] = list(biases)[:number]
-      extras.bias[row, :number] = list(biases.values())[:number]
+      extras.bias_ids[row, : len(biases)] = list(biases)
+      extras.bias[row, : len(biases)] = list(biases.values())
       if sequence.guide is not None:
         allowed = sequence.guide.allowed()
         extras.allowed[row, : len(allowed)] = allowed
-    given: Extras = extras
-    return given
+    self._asking = asking
+    self._asked = jax.device_put(extras, self._place.everywhere)
+    return self._asked
 
   def now(self) -> float:
     """Seconds of a clock that only goes forward."""
@@ -437,7 +443,7 @@ def _asks(sequence: Sequence) -> bool:
   return bool(
     params.logit_bias
     or sequence.guide is not None
-    or sequence.generated < params.min_tokens
+    or sequence.drawing < params.min_tokens
   )
 
 

@@ -111,8 +111,13 @@ class Scheduler(Protocol):
   def add(self, sequence: Sequence) -> None:
     """Takes a new sequence."""
 
-  def remove(self, sequence: Sequence) -> None:
-    """Ends a sequence, wherever it stands, and lets go of what it holds."""
+  def remove(self, sequence: Sequence, *, whole: bool = False) -> None:
+    """Ends a sequence, wherever it stands, and lets go of what it holds.
+
+    Args:
+      sequence: Which.
+      whole: Whether it came to its own end.
+    """
 
   def schedule(self) -> Plan:
     """The next step. Sequences count it as done."""
@@ -163,8 +168,9 @@ class StallFree:
     sequence.status = Status.WAITING
     bisect.insort(self._waiting, sequence, key=lambda s: s.rank)
 
-  def remove(self, sequence: Sequence) -> None:
+  def remove(self, sequence: Sequence, *, whole: bool = False) -> None:
     """Ends a sequence, wherever it stands, and lets go of what it holds."""
+    del whole
     if sequence.status is Status.RUNNING:
       self.running.remove(sequence)
       self._let_go(sequence)
@@ -197,10 +203,13 @@ class StallFree:
       if sequence.remaining > 1 and sequence.can_go_on:
         room -= self._take(sequence, room, plan)
         prompts += 1
+        if self._is_slow(plan):
+          break
     while (
       room > 0
       and prompts < self.limits.prompts
       and not plan.preempted
+      and not (prompts and self._is_slow(plan))
       and self._admit_first(plan)
     ):
       room -= self._take(self.running[-1], room, plan)
@@ -225,6 +234,16 @@ class StallFree:
       return None
     keys = keys_of(plan.works)
     return slowdown * self._cost.seconds(plan.tokens, keys)
+
+  def _is_slow(self, plan: Plan) -> bool:
+    """Whether no program is left in which one token more has the time."""
+    if self._seconds is None or self._cost is None:
+      return False
+    total = plan.tokens
+    if total >= self.limits.tokens:
+      return True
+    keys = keys_of(plan.works)
+    return self._cost.seconds(total + 1, keys) > self._seconds
 
   def _affordable(self, sequence: Sequence, room: int, plan: Plan) -> int:
     """How many of a sequence's tokens keep a step within its seconds.
@@ -308,21 +327,29 @@ class StallFree:
     size = self.pool.page_size
     # One token at least has to run, for the logits behind it.
     names = sequence.page_names(size, sequence.length - 1)
+    needed = -(-sequence.length // size)
+    if needed - self.pool.count_shared(names) > self.pool.free:
+      return False
     reuse = self._reuser.find(names, self.pool)
     if reuse.repair or any(one.start for one in reuse.segments):
       raise NotImplementedError(
         f"{self._reuser} finds more than a beginning: that is not served so far"
       )
     pages = [page for one in reuse.segments for page in one.pages]
-    missing = -(-sequence.length // size) - len(pages)
-    more = self.pool.allocate(missing)
+    more = self.pool.allocate(needed - len(pages))
     if more is None:
       self.pool.release(pages)
       return False
+    self.pool.stats.asked += len(names)
+    self.pool.stats.found += len(pages)
     known = len(pages) * size
-    sequence.pages = pages + more
     if self.stored is not None:
-      known = self.stored.restore(sequence, sequence.pages, known)
+      try:
+        known = self.stored.restore(sequence, pages + more, known)
+      except BaseException:
+        self.pool.release(pages + more)
+        raise
+    sequence.pages = pages + more
     sequence.computed = known
     if not sequence.preemptions:
       sequence.cached = min(known, sequence.prompt_length)
@@ -403,11 +430,11 @@ class PastFuture(StallFree):
       raise ValueError(f"reserve={reserve} must be at least 0 and below 1")
     self._reserve, self._lengths = reserve, Lengths()
 
-  def remove(self, sequence: Sequence) -> None:
-    """As for any scheduler; remembers how long it came to be."""
-    if sequence.generated:
+  def remove(self, sequence: Sequence, *, whole: bool = False) -> None:
+    """As for any scheduler; remembers how long it came to be by itself."""
+    if whole and sequence.generated:
       self._lengths.add(sequence.generated)
-    super().remove(sequence)
+    super().remove(sequence, whole=whole)
 
   def admits(self, sequence: Sequence) -> bool:
     """Whether it and all that run will have pages until they end."""

@@ -41,7 +41,8 @@ class Sequence:
     max_length: It ends with so many tokens.
     params: What the request asks for.
     seed: Of the draws.
-    priority: Lower runs first; of equal ones the earlier.
+    priority: Lower begins first and keeps its pages longest; of equal ones
+      the earlier. None waits for room that another has.
     arrival: When it came, in seconds of the engine's clock.
     root: The parent of its first page's hash.
     adapter: Number of its adapter, -1 for none.
@@ -99,6 +100,11 @@ class Sequence:
   def generated(self) -> int:
     """New tokens so far."""
     return len(self.tokens) - self.prompt_length
+
+  @property
+  def drawing(self) -> int:
+    """Which new token is being drawn, from 0; for a step that draws."""
+    return self.length - 1 - self.prompt_length
 
   @property
   def rank(self) -> tuple[int, float, int]:

@@ -78,15 +78,19 @@ class PageSwap:
 
   def park(self, lost: Lost) -> None:
     """Keeps what a sequence had, until it begins again."""
-    if not lost.computed:
-      return
-    self._parked[lost.sequence] = lost.computed
     self._offered.pop(lost.sequence, None)
-    self.stats.parked += lost.computed
+    taken = 0
     for number in range(-(-lost.computed // self._tokens)):
+      if not self._tier.takes():
+        # The rest is computed again.
+        break
       pages = lost.pages[number * self.group : (number + 1) * self.group]
       copies = self._copier.read(self._padded(pages, pages[-1]))
       self._tier.put(_parked_key(lost.sequence, number), copies)
+      taken = min((number + 1) * self._tokens, lost.computed)
+    if taken:
+      self._parked[lost.sequence] = taken
+      self.stats.parked += taken
 
   def offer(self, sequence: Sequence) -> None:
     """Keeps the chunks of a sequence that are full, for others."""
@@ -96,7 +100,7 @@ class PageSwap:
     full = sequence.named // self.group
     for number in range(done, full):
       key = self._chunk_key(sequence, number)
-      if not self._tier.has(key):
+      if not self._tier.has(key) and self._tier.takes():
         first = number * self.group
         pages = sequence.pages[first : first + self.group]
         self._tier.put(key, self._copier.read(self._padded(pages, 0)))

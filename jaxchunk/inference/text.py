@@ -5,7 +5,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 
 from jaxchunk.data.tokenizers import StreamDecoder, Tokenizer
-from jaxchunk.inference.engine import Engine
+from jaxchunk.inference.engine import Engine, EngineConfig
 from jaxchunk.inference.generate import check_tokens
 from jaxchunk.inference.output import Event
 from jaxchunk.inference.params import SamplingParams
@@ -130,6 +130,7 @@ def continue_text(
     max_sequences=1,
     step_tokens=chunk_size,
     step_sizes=tuple(sorted({1, chunk_size})),
+    num_pages=-(-(len(ids) + max_new_tokens) // EngineConfig.page_size),
     prefix_cache=False,
   )
   clock = Clock(len(ids))

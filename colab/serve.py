@@ -147,21 +147,19 @@ def pack(texts):
 
 
 def learn(model, texts, *, steps, rate, trainable=nnx.Param):
-  """Plain Adam."""
+  """Plain Adam; for more than a page of text there is `scripts/train.py`."""
   batch, optimizer = pack(texts), optax.adam(rate)
-  params = nnx.to_pure_dict(nnx.state(model, trainable))
-  moments = optimizer.init(params)
 
   @jax.jit
-  def update(params, grads, moments):
-    updates, moments = optimizer.update(grads, moments)
-    return optax.apply_updates(params, updates), moments
+  def step(model, moments):
+    loss, grads = jc.full_value_and_grad(model, batch, trainable=trainable)
+    updates, moments = optimizer.update(nnx.to_pure_dict(grads), moments)
+    params = nnx.to_pure_dict(nnx.state(model, trainable))
+    return loss, optax.apply_updates(params, updates), moments
 
+  moments = optimizer.init(nnx.to_pure_dict(nnx.state(model, trainable)))
   for _ in range(steps):
-    loss, grads = jc.chunked_value_and_grad(
-      model, batch, chunk_size=512, trainable=trainable
-    )
-    params, moments = update(params, nnx.to_pure_dict(grads), moments)
+    loss, params, moments = step(model, moments)
     nnx.update(model, params)
   print(f"{steps} steps, loss {loss:.2f}")
 
@@ -184,8 +182,9 @@ learn(contrary, CONTRARY, steps=STEPS, rate=1e-2, trainable=nnx.LoRAParam)
 # %% [markdown]
 # ## The engine
 #
-# All programs are compiled now, one for each number of tokens in `step_sizes`;
-# none is compiled later, whatever comes. Keys and values lie in pages of
+# All programs are compiled now, one for each number of tokens in `step_sizes`
+# (here one, to be quick: a step of few tokens runs 64 all the same); none is
+# compiled later, whatever comes. Keys and values lie in pages of
 # `page_size` tokens. The defaults of `EngineConfig` are for larger models.
 
 # %%
@@ -196,7 +195,7 @@ engine = jc.Engine(
   max_length=512,
   max_sequences=8,
   step_tokens=64,
-  step_sizes=(8, 64),
+  step_sizes=(64,),
   page_size=16,
   kv_gib=0.01,
   seed=0,
@@ -269,7 +268,7 @@ for number in (4, 8, 12):
 #
 # `logprobs=3` reports the probability of each token and of the three likeliest,
 # by the model alone, before temperature and the rest. Orange is what the model
-# chose, grey what it thought of beside that.
+# chose, grey what it thought of beside that. Two lines of the Zen begin so.
 
 # %%
 import matplotlib.pyplot as plt
@@ -294,10 +293,10 @@ def draw_probabilities(axes, completion):
 
 figure, axes = plt.subplots(figsize=(9, 3))
 [answer] = engine.generate(
-  "Readability", logprobs=3, temperature=0, max_tokens=24, ignore_eos=True
+  "If the implementation is", logprobs=3, temperature=0, max_tokens=24
 )
 draw_probabilities(axes, answer.completions[0])
-axes.set_title("Readability ...", loc="left")
+axes.set_title("If the implementation is ...", loc="left")
 figure.tight_layout()
 plt.show()
 
@@ -330,10 +329,11 @@ else:
 # ## What a step does
 #
 # A step is one row of tokens of many sequences: each that is being continued
-# has one in it, what is left goes to prompts, by parts. Below, eight short
-# requests run when two long prompts arrive (from step 10). The short ones go on
-# in every step; the long prompts share the room that is left. The second begins
-# as the first, so most of it is known when its turn comes.
+# has one in it, what is left goes to prompts, by parts, of at most
+# `prompts_at_once` prompts (4). Below, six short requests run when two long
+# prompts arrive, in step 10. The short ones go on in every step; the first long
+# prompt gets the room that is left. The second begins like it, and finds most
+# of its pages there when its turn comes.
 #
 # A step is planned before the tokens of the one before are known; a sequence
 # whose end is learnt a step late runs once for nothing.
@@ -479,7 +479,7 @@ def draw_sorted(axes, simulations, seconds, title):
     values = np.sort([seconds(one) for one in simulation.served])
     share = np.arange(1, len(values) + 1) / len(values)
     axes.step(share, values, color=colour, label=name, lw=2)
-  axes.set(xlabel="share of the requests", ylabel="seconds, at most")
+  axes.set(xlabel="share of the requests", ylabel="seconds")
   axes.set_title(title, loc="left")
   axes.grid(alpha=0.25)
   axes.legend(frameon=False)
@@ -598,5 +598,5 @@ with server() as address:
   talk(address)
   with urllib.request.urlopen(f"{address}/metrics", timeout=60) as answer:
     for line in answer.read().decode().splitlines():
-      if "_tokens_total" in line and not line.startswith("#"):
+      if line.startswith("jaxchunk_requests_total"):
         print(line)

@@ -37,6 +37,7 @@ _PACKAGES = {
   "evaluation": "jaxchunk.evaluation",
   "inference": "jaxchunk.inference",
   "server": "jaxchunk.inference.server",
+  "pages": "jaxchunk.kv",
   "interop": "jaxchunk.interop",
   "sharding": "jaxchunk.sharding",
   "attention": "jaxchunk.kernels.attention",

@@ -26,7 +26,7 @@ from jaxchunk.inference.output import (
 from jaxchunk.inference.params import MAX_BIASES, SamplingParams
 from jaxchunk.inference.runner import Runner, Ticket
 from jaxchunk.inference.scheduler import Lost, Plan, StallFree
-from jaxchunk.inference.sequence import Guide, Sequence, Status
+from jaxchunk.inference.sequence import Guide, Sequence, Status, Work
 from jaxchunk.kv.pool import root
 
 
@@ -80,7 +80,7 @@ class CoreStats:
 
   Attributes:
     steps: That were dispatched.
-    prompt_tokens: That ran in parts of several, again after a preemption.
+    prompt_tokens: Of prompts that ran, again after a preemption.
     cached_tokens: That were known, or came back, when a sequence began.
     new_tokens: That were drawn and handed out.
     wasted_tokens: That were drawn for texts which had ended.
@@ -327,7 +327,7 @@ class EngineCore:
     stats = self.stats
     stats.steps += 1
     stats.cached_tokens += sum(known for _, known in plan.admitted)
-    stats.prompt_tokens += sum(w.count for w in plan.works if w.count > 1)
+    stats.prompt_tokens += sum(map(_of_prompt, plan.works))
     total = plan.tokens
     stats.padding_tokens += self.scheduler.limits.shape(total) - total
     if self.swap is not None:
@@ -397,6 +397,12 @@ class EngineCore:
       del self._live[sequence.request_id]
     now = self.runner.now()
     return Event(sequence, tokens, text, logprobs, reason, now)
+
+
+def _of_prompt(work: Work) -> int:
+  """How many of a step's tokens are of a sequence's prompt."""
+  end = min(work.start + work.count, work.sequence.prompt_length)
+  return max(end - work.start, 0)
 
 
 def _logprobs(

@@ -33,7 +33,12 @@ from jaxchunk.inference.step import (
 )
 from jaxchunk.kv.paged import PagedState
 from jaxchunk.models.adapter_set import AdapterSet
-from jaxchunk.models.transformer import Transformer, layer_of, turn
+from jaxchunk.models.transformer import (
+  Transformer,
+  layer_of,
+  turn,
+  without_layers,
+)
 
 # A state, the packed numbers, how many draws there are, and extras.
 Run = Callable[[State, Any, int, Extras], tuple[State, Drawn | None]]
@@ -123,7 +128,7 @@ class LayeredSteps:
     self._states = states
     self._owners = None if adapters is None else adapters.owners
     # What is not a layer; flattening modules anew in each call takes long.
-    self._ends, self._model_of = _flattened(model)
+    self._ends, self._model_of = _flattened(without_layers(model))
     self._layers: list[Layer] = []
     self._draws: dict[int, Any] = {}
     self._layer_of = []

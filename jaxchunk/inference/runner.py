@@ -235,7 +235,8 @@ class DeviceRunner:
   ):
     cfg = model.cfg
     self._place = place or placements(cfg, model, None)[0]
-    self._model = model = self._place.put_model(model)
+    self._cfg = cfg
+    model = self._place.put_model(model)
     self._adapters = adapters = self._place.put_adapters(adapters)
     self._states, self._ends = states, ends
     self._layered = None
@@ -256,11 +257,11 @@ class DeviceRunner:
     self._asking: list[tuple[int, Sequence]] = []
     self._asked: Extras = self._nothing
     began = time.perf_counter()
-    self._programs = self._compile(by_tokens, say)
+    self._programs = self._compile(model, by_tokens, say)
     self.startup_seconds = time.perf_counter() - began
 
   def _start(self, num_pages: int, slots: int) -> State:
-    cfg, states = self._model.cfg, self._states
+    cfg, states = self._cfg, self._states
 
     def make() -> State:
       return State(
@@ -274,6 +275,7 @@ class DeviceRunner:
 
   def _compile(
     self,
+    model: Transformer,
     shapes: Mapping[int, StepShape],
     say: Callable[[str], None] | None,
   ) -> dict[int, Program]:
@@ -281,22 +283,22 @@ class DeviceRunner:
     done: dict[int, Program] = {}
     for tokens, shape in sorted(shapes.items()):
       began = time.perf_counter()
-      done[tokens] = Program(shape, self._compile_one(shape))
+      done[tokens] = Program(shape, self._compile_one(model, shape))
       if say is not None:
         seconds = time.perf_counter() - began
         say(f"compiled steps of {tokens} tokens in {seconds:.1f} s")
     self._count_program = _count_program.lower(
       self.state,
       jax.ShapeDtypeStruct((), jnp.int32),
-      jax.ShapeDtypeStruct((self._model.cfg.vocab_size,), jnp.int16),
+      jax.ShapeDtypeStruct((self._cfg.vocab_size,), jnp.int16),
     ).compile()
     return done
 
-  def _compile_one(self, shape: StepShape) -> Run:
+  def _compile_one(self, model: Transformer, shape: StepShape) -> Run:
     if self._layered is not None:
       return self._layered.compile(self.state, self._nothing, shape=shape)
     return whole_step(
-      self._model,
+      model,
       self._adapters,
       self.state,
       self._nothing,
@@ -307,7 +309,7 @@ class DeviceRunner:
 
   def _no_extras(self) -> Extras:
     """Extras that change nothing, on the host."""
-    W, V = self._max_sequences, self._model.cfg.vocab_size
+    W, V = self._max_sequences, self._cfg.vocab_size
     bias_ids: Any = np.full((W, MAX_BIASES), V, np.int32)
     bias: Any = np.zeros((W, MAX_BIASES), np.float32)
     allowed: Any = np.full((W, -(-V // 32)), 0xFFFFFFFF, np.uint32)
@@ -327,7 +329,7 @@ class DeviceRunner:
     return DeviceTicket(draws, drawn)
 
   def _set_counts(self, sequence: Sequence) -> None:
-    V = self._model.cfg.vocab_size
+    V = self._cfg.vocab_size
     prompt = sequence.tokens[: sequence.prompt_length]
     since = sequence.tokens[sequence.prompt_length :]
     row = np.bincount(np.asarray(since, np.int64), minlength=V)[:V]

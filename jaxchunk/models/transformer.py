@@ -506,6 +506,13 @@ def _in_order(stacks: list[Any]) -> Any:
   )
 
 
+def without_layers(model: Transformer) -> Transformer:
+  """The embedding, the last norm and the head, which share its arrays."""
+  rest: Transformer = nnx.merge(*nnx.split(model))
+  rest.blocks = nnx.List([])
+  return rest
+
+
 def turn(block: Block) -> Block:
   """A layer that shares the arrays of another, its matrices turned.
 

@@ -74,7 +74,8 @@ def test_layouts_give_the_same_tokens(model, adapters, prompts, alone, sizes):
   if "tensor" in sizes:
     pages = engine.runners[0].state.pages[0]
     assert pages.k.sharding.shard_shape(pages.k.shape)[1] == 1
-    embed = engine.runners[0]._model.embed[...]
+    place = engine.runners[0]._place
+    embed = place.put_model(model).embed[...]
     assert embed.sharding.shard_shape(embed.shape)[0] == 130
   else:
     assert engine.core.stats.new_tokens == 50

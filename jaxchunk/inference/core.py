@@ -309,7 +309,12 @@ class EngineCore:
   def end_step(self) -> list[Event]:
     """Waits for the step before the one that was begun."""
     ticket, self._under_way, self._next = self._under_way, self._next, None
-    drawn = None if ticket is None else ticket.result()
+    try:
+      drawn = None if ticket is None else ticket.result()
+    except BaseException:
+      # Its tokens are lost, and what came behind them wants them.
+      self._abandon()
+      raise
     events, self._cancelled = self._cancelled, []
     if ticket is not None and drawn is not None:
       events += self._collect(ticket, drawn)

@@ -6,6 +6,7 @@ begin alike, after the device has forgotten them.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence as Many
 from typing import Any, Protocol
 
@@ -68,7 +69,9 @@ class PageSwap:
     self._page_size, self._nowhere = page_size, num_pages
     self.group = max(CHUNK // page_size, 1)
     self.stats = SwapStats()
-    self._parked: dict[Sequence, int] = {}
+    # The number of its parking, and how many tokens.
+    self._parked: dict[Sequence, tuple[int, int]] = {}
+    self._parkings = itertools.count()
     self._offered: dict[Sequence, int] = {}
 
   @property
@@ -79,17 +82,17 @@ class PageSwap:
   def park(self, lost: Lost) -> None:
     """Keeps what a sequence had, until it begins again."""
     self._offered.pop(lost.sequence, None)
-    taken = 0
+    taken, parking = 0, next(self._parkings)
     for number in range(-(-lost.computed // self._tokens)):
       if not self._tier.takes():
         # The rest is computed again.
         break
       pages = lost.pages[number * self.group : (number + 1) * self.group]
       copies = self._copier.read(self._padded(pages, pages[-1]))
-      self._tier.put(_parked_key(lost.sequence, number), copies)
+      self._tier.put(_parked_key(parking, number), copies)
       taken = min((number + 1) * self._tokens, lost.computed)
     if taken:
-      self._parked[lost.sequence] = taken
+      self._parked[lost.sequence] = parking, taken
       self.stats.parked += taken
 
   def offer(self, sequence: Sequence) -> None:
@@ -134,10 +137,11 @@ class PageSwap:
 
   def _resume(self, sequence: Sequence, pages: Many[int], known: int) -> int:
     """Brings back what was parked; how many tokens are there then."""
-    computed = min(self._parked.get(sequence, 0), sequence.length - 1)
+    parking, taken = self._parked.get(sequence, (0, 0))
+    computed = min(taken, sequence.length - 1)
     at = known
     for number in range(at // self._tokens, -(-computed // self._tokens)):
-      copies = self._tier.get(_parked_key(sequence, number))
+      copies = self._tier.get(_parked_key(parking, number))
       if copies is None:
         break
       self._fill(pages, number, at, copies)
@@ -146,9 +150,9 @@ class PageSwap:
     return max(at, known)
 
   def _unpark(self, sequence: Sequence) -> None:
-    computed = self._parked.pop(sequence, 0)
-    for number in range(-(-computed // self._tokens)):
-      self._tier.drop(_parked_key(sequence, number))
+    parking, taken = self._parked.pop(sequence, (0, 0))
+    for number in range(-(-taken // self._tokens)):
+      self._tier.drop(_parked_key(parking, number))
 
   def _fill(self, pages: Many[int], number: int, at: int, copies: Any) -> None:
     """Writes a group, but not to pages that are known already."""
@@ -166,5 +170,6 @@ class PageSwap:
     return "chunk", sequence.names[(number + 1) * self.group - 1]
 
 
-def _parked_key(sequence: Sequence, number: int) -> Key:
-  return "parked", sequence.request_id, sequence.index, number
+def _parked_key(parking: int, number: int) -> Key:
+  # Never the same again: copies of one that was dropped may still be coming.
+  return "parked", parking, number

@@ -110,8 +110,11 @@ def continue_alone(request, index, max_length):
 class OracleTicket:
   works: list
   tokens: np.ndarray
+  error: BaseException | None = None
 
   def result(self):
+    if self.error is not None:
+      raise self.error
     if not self.works:
       return None
     return Drawn(self.tokens, self.tokens, self.tokens, self.tokens)
@@ -133,8 +136,8 @@ class Oracle:
     self._chains = collections.defaultdict(list)
     self._time = 0.0
     self.scheduler = None
-    # The dispatch that raises, before its step or behind it.
-    self.error, self.error_at, self.error_behind = None, None, False
+    # The step that raises: before it, behind it, or when it is waited for.
+    self.error, self.error_at, self.error_when = None, None, "before"
     self.dispatched = 0
 
   def now(self):
@@ -159,12 +162,12 @@ class Oracle:
   def dispatch(self, plan):
     fails = self.dispatched == self.error_at
     self.dispatched += 1
-    if fails and not self.error_behind:
+    if fails and self.error_when == "before":
       raise self.error
     ticket = self._run(plan)
-    if fails:
+    if fails and self.error_when == "behind":
       raise self.error
-    return ticket
+    return dataclasses.replace(ticket, error=self.error if fails else None)
 
   def _run(self, plan):
     self._begin(plan)
@@ -492,7 +495,7 @@ def check_after_an_error(rng, trial):
   core, oracle = trial.core, trial.core.runner
   oracle.error = rng.choice([KeyboardInterrupt(), RuntimeError("no memory")])
   oracle.error_at = rng.randrange(40)
-  oracle.error_behind = rng.random() < 0.5
+  oracle.error_when = rng.choice(["before", "behind", "waited for"])
   try:
     tokens, reasons = run(trial)
   except (KeyboardInterrupt, RuntimeError) as error:

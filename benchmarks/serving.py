@@ -229,6 +229,7 @@ def stall(engine: Any) -> dict[str, float]:
   began = engine.runners[0].now()
   engine.core.add(Request(request_id="alone", prompt=long, params=params))
   alone = first_token(engine, "alone", {}) - began
+  print(f"the prompt alone: {alone:.1f} s", file=sys.stderr, flush=True)
   endless = jc.SamplingParams(temperature=0, max_tokens=_PROMPT.value)
   for number, prompt in enumerate(prompts(_DRAWING, 16, 64)):
     engine.core.add(

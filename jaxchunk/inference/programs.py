@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array
 
 from jaxchunk.inference.draw import Drawn
@@ -33,12 +34,10 @@ from jaxchunk.inference.step import (
 )
 from jaxchunk.kv.paged import PagedState
 from jaxchunk.models.adapter_set import AdapterSet
-from jaxchunk.models.transformer import (
-  Transformer,
-  layer_of,
-  turn,
-  without_layers,
-)
+from jaxchunk.models.lora import LINEARS
+from jaxchunk.models.quantized import QuantizedKernel
+from jaxchunk.models.transformer import Block, Transformer, layer_of
+from jaxchunk.models.turned import TurnedKernel
 
 # A state, the packed numbers, how many draws there are, and extras.
 Run = Callable[[State, Any, int, Extras], tuple[State, Drawn | None]]
@@ -223,6 +222,26 @@ class LayeredSteps:
         self._ends, draws, state.tokens, state.counts, size=size
       )
       self._draws[size] = lowered.compile()
+
+
+def without_layers(model: Transformer) -> Transformer:
+  """The embedding, the last norm and the head, which share its arrays."""
+  rest: Transformer = nnx.merge(*nnx.split(model))
+  rest.blocks = nnx.List([])
+  return rest
+
+
+def turn(block: Block) -> Block:
+  """A layer that shares the arrays of another, its matrices turned.
+
+  Quantized ones stay, and so do experts.
+  """
+  turned: Block = nnx.merge(*nnx.split(block))
+  for name in LINEARS:
+    linear = getattr(turned, name, None)
+    if linear is not None and not isinstance(linear.kernel, QuantizedKernel):
+      linear.kernel = TurnedKernel(linear.kernel[...])
+  return turned
 
 
 def _flattened(tree: Any) -> tuple[tuple[Array, ...], Callable[[Any], Any]]:

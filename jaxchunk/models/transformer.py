@@ -22,7 +22,7 @@ from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.dropout import DropoutKeys, dropout
-from jaxchunk.models.lora import LINEARS, Adapter
+from jaxchunk.models.lora import Adapter
 from jaxchunk.models.moe import Experts, RouterSums
 from jaxchunk.models.quantized import Matrix, QuantizedKernel
 from jaxchunk.models.rope import Rope, rope_tables, rotate
@@ -504,26 +504,6 @@ def _in_order(stacks: list[Any]) -> Any:
   return jax.tree.map(
     lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *stacks
   )
-
-
-def without_layers(model: Transformer) -> Transformer:
-  """The embedding, the last norm and the head, which share its arrays."""
-  rest: Transformer = nnx.merge(*nnx.split(model))
-  rest.blocks = nnx.List([])
-  return rest
-
-
-def turn(block: Block) -> Block:
-  """A layer that shares the arrays of another, its matrices turned.
-
-  Quantized ones stay, and so do experts.
-  """
-  turned: Block = nnx.merge(*nnx.split(block))
-  for name in LINEARS:
-    linear = getattr(turned, name, None)
-    if linear is not None and not isinstance(linear.kernel, QuantizedKernel):
-      linear.kernel = TurnedKernel(linear.kernel[...])
-  return turned
 
 
 def layer_of(stack: Any, index: Any) -> Any:

@@ -200,7 +200,7 @@ def test_a_pair_is_cut_where_the_continuation_begins(haystack):
 
 @pytest.mark.fast
 def test_a_token_over_the_border_is_the_continuations():
-  definition = load_tokenizer("bpe:259", _Texts())._definition
+  definition = load_tokenizer("bpe:259", _Texts()).definition
   joined = JsonTokenizer(
     definition.replace('"merges":[]', '"merges":[["a","b"]]').replace(
       '"vocab":{', '"vocab":{"ab":259,'

@@ -369,7 +369,7 @@ class EngineCore:
     except Exception:
       # Its own trouble: the others' tokens are here too.
       logging.getLogger("jaxchunk").exception("a guide has failed")
-      goes_on = False
+      return self._end(sequence, (), "", (), "cancelled")
     logprobs = _logprobs(sequence, token, row, drawn)
     piece = text.push(token, watch=counts)
     reason: FinishReason | None = None

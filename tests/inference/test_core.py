@@ -341,6 +341,36 @@ def test_bad_requests_are_named(runner, change, message):
   assert not core.has_work
 
 
+class Breaks:
+  """A guide that fails with its third token."""
+
+  def __init__(self, spec):
+    self.left = spec["after"]
+
+  def allowed(self):
+    return np.full(2, 0xFFFFFFFF, np.uint32)
+
+  def accept(self, token):
+    self.left -= 1
+    if not self.left:
+      raise RuntimeError("lost")
+    return True
+
+
+def test_a_guide_that_fails_ends_its_own_text_alone(runner, alone):
+  core = make_core(runner, guides=Breaks)
+  guided = dataclasses.replace(GREEDY, guide={"after": 3}, ignore_eos=True)
+  prompt = (5, 6, 7)
+  requests = [
+    Request(request_id="a", prompt=prompt, params=guided),
+    Request(request_id="b", prompt=prompt, params=GREEDY),
+  ]
+  tokens, reasons = run(core, requests)
+  assert reasons["a", 0] == "cancelled"
+  assert len(tokens["a", 0]) == 2
+  assert tokens["b", 0] == alone(prompt, 8)
+
+
 class Null:
   """A runner without a model."""
 

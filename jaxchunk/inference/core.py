@@ -358,8 +358,6 @@ class EngineCore:
     params, text = sequence.params, self._texts[sequence]
     self.stats.new_tokens += 1
     sequence.tokens.append(token)
-    if sequence.first_token is None:
-      sequence.first_token = now
     counts = sequence.generated > params.min_tokens
     at_end = token in self._ends and not params.ignore_eos
     if counts and (at_end or token in params.stop_token_ids):

@@ -56,7 +56,6 @@ class Sequence:
     status: Where it stands.
     cached: Tokens of its prompt that were known when it began first.
     preemptions: How often it lost its pages.
-    first_token: When its first token came.
     first: The one that computes the prompt for all continuations of a request;
       this one begins behind it.
     guide: What the guide of its text knows; `None` without one.
@@ -82,7 +81,6 @@ class Sequence:
   status: Status = Status.WAITING
   cached: int = 0
   preemptions: int = 0
-  first_token: float | None = None
   first: "Sequence | None" = None
   guide: Guide | None = None
 

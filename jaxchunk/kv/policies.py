@@ -14,8 +14,8 @@ from jaxchunk.kernels.paged_attention.pages import KVPages, PageView
 from jaxchunk.kv.pool import PageHash, PagePool
 
 
-class Selector(Protocol):
-  """Chooses the pages that queries read."""
+class Policy(Protocol):
+  """What all choices of keys have."""
 
   @property
   def name(self) -> str:
@@ -24,6 +24,10 @@ class Selector(Protocol):
   @property
   def beside(self) -> bool:
     """Whether it needs positions and log-weights beside the keys."""
+
+
+class Selector(Policy, Protocol):
+  """Chooses the pages that queries read."""
 
   def select(
     self,
@@ -48,16 +52,8 @@ class Selector(Protocol):
     """
 
 
-class Compactor(Protocol):
+class Compactor(Policy, Protocol):
   """Makes fewer pages of those that a prompt has filled."""
-
-  @property
-  def name(self) -> str:
-    """Of the policy, with all that changes what it does."""
-
-  @property
-  def beside(self) -> bool:
-    """Whether it needs positions and log-weights beside the keys."""
 
   def compact(
     self,

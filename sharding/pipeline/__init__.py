@@ -1,0 +1,1 @@
+"""Pipeline parallelism: tables, what they cost, and their executor."""

@@ -124,7 +124,9 @@ def chunk_costs(
   Raises:
     ValueError: There are not as many factors as chunks.
   """
-  factors = costs.chunks or (1.0,) * lanes.count
+  factors = costs.chunks
+  if factors is None:
+    factors = (1.0,) * lanes.count
   if len(factors) != lanes.count:
     raise ValueError(
       f"costs.chunks has {len(factors)} factors for {lanes.count} chunks"

@@ -28,6 +28,15 @@ class SlotBytes(NamedTuple):
   cotangent: int = 0
 
 
+def part_bytes(slot_bytes: SlotBytes, parts: int) -> SlotBytes:
+  """What slots weigh where a device's stage is cut into several.
+
+  An activation is as large between smaller stages, so the inbox stays.
+  """
+  rest = (-(-size // parts) for size in slot_bytes[1:])
+  return SlotBytes(slot_bytes.inbox, *rest)
+
+
 class Memory(NamedTuple):
   """What each device keeps.
 

@@ -99,6 +99,13 @@ def check_timeline(table: Table, timeline: Timeline) -> None:
     raise ValueError(
       f"the timeline has {timeline.devices} devices and the table {devices}"
     )
+  stages, items = table.placement.stages, table.lanes.count
+  for span in timeline.spans:
+    if not (0 <= span.stage < stages and 0 <= span.item < items):
+      raise ValueError(
+        f"the timeline has chunk {span.item} on stage {span.stage}, and the "
+        f"table {items} chunks and {stages} stages"
+      )
   both = zip(table.orders(), timeline.orders(), strict=True)
   for device, (wanted, spans) in enumerate(both):
     found = [span[1:4] for span in spans]

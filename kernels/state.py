@@ -38,12 +38,15 @@ class ChunkPlace:
     start: Tokens of the lane before it; may be traced.
     segment_ids: Of the chunk, `[B,C]`; 0 is padding.
     lane_segment_ids: Of the whole lane, `[B,S]`.
+    cotangent_start: Where the chunk's own part of the cotangent begins, if
+      that is not at `start`: in an arena (`KVArena`).
   """
 
   index: Int[Array, ""]
   start: Int[Array, ""]
   segment_ids: Int[Array, "B C"]
   lane_segment_ids: Int[Array, "B S"]
+  cotangent_start: Int[Array, ""] | None = None
 
 
 class SequenceState(Protocol):
@@ -281,7 +284,12 @@ class KVPrefix:
 
   def zero_cotangent(self, state: Arrays) -> Arrays:
     """See `SequenceState`."""
-    return tuple(jnp.zeros(cache.shape, self.grad_dtype) for cache in state)
+    return self.init_cotangent(state[0].shape[0], *state[0].shape[1:4:2])
+
+  def init_cotangent(self, layers: int, batch: int, capacity: int) -> Arrays:
+    """Zeros for the gradients of keys and values of `capacity` tokens."""
+    shape = (layers, batch, self.num_kv_heads, capacity, self.head_dim)
+    return tuple(jnp.zeros(shape, self.grad_dtype) for _ in range(2))
 
   def weigh_cotangent(
     self, state: Arrays, cotangent: Arrays, place: ChunkPlace, factor: float

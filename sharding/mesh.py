@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxchunk.sharding.pipeline.tables import Pipeline
 from jaxchunk.sharding.rules import (
   AXES,
   Rules,
@@ -56,6 +57,7 @@ class Layout:
     gather: Where parameters that lanes share are gathered: "layer" by layer,
       where each is used, or all of them once a "step".
     rules: What splits each logical axis of an array.
+    pipeline: How stages take turns.
 
   Raises:
     ValueError: A size is no positive integer, or the slices do not divide.
@@ -71,6 +73,7 @@ class Layout:
   slices_over: Literal["stage", "data", "fsdp"] = "data"
   gather: Literal["layer", "step"] = "layer"
   rules: Rules = dataclasses.field(default_factory=Rules)
+  pipeline: Pipeline = dataclasses.field(default_factory=Pipeline)
 
   def __post_init__(self) -> None:
     for name in (*AXES, "slices"):
@@ -253,6 +256,8 @@ class Layout:
     sizes = [f"{name}={size}" for name, size in self.shape.items() if size > 1]
     if self.slices > 1:
       sizes += [f"slices={self.slices}", f"slices_over={self.slices_over!r}"]
+    if self.stage > 1:
+      sizes.append(f"schedule={self.pipeline.schedule!r}")
     return f"Layout({', '.join(sizes)})"
 
 

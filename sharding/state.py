@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxchunk.kernels.attention.backends import passes
 from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.kernels.state import Arrays, ChunkPlace, KVPrefix
+from jaxchunk.kernels.state_arena import cleared, own_rows
 from jaxchunk.kernels.vma import vary_like
 
 
@@ -93,6 +94,7 @@ class KVContext(KVPrefix):
           mask,
           *visitor.more,
           *cotangent,
+          dkv_start=place.start - own_rows(place),
           layer=layer,
           **self.options,
         )
@@ -104,8 +106,11 @@ class KVContext(KVPrefix):
     cotangent, dq = lax.scan(visit, cotangent, visitors)
     wide = dq.astype(jnp.promote_types(dq.dtype, jnp.float32))
     dq = lax.psum_scatter(wide, self.axis).astype(q.dtype)
-    at = [jnp.asarray(n, jnp.int32) for n in (layer, 0, 0, place.start, 0)]
+    start = own_rows(place)
+    at = [jnp.asarray(n, jnp.int32) for n in (layer, 0, 0, start, 0)]
     dk, dv = (lax.dynamic_slice(g, at, (1, *k.shape))[0] for g in cotangent)
+    if place.cotangent_start is not None:
+      cotangent = cleared(cotangent, layer, place, self.chunk_size)
     return (dq, dk.astype(k.dtype), dv.astype(v.dtype)), cotangent
 
   def _gathered(self, place: ChunkPlace, q: Array, *more: Array) -> _Visitors:

@@ -108,6 +108,8 @@ def chunked_value_and_grad(
     NotImplementedError: The layout does not go with the options.
   """
   check_trainable(model, trainable)
+  if layout is not None and layout.stage > 1:
+    strategy = strategy or "chunk_outer"
   examples = Batch.of(batch).examples()
   options = make_options(
     model,

@@ -17,7 +17,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxchunk.chunking.chunk import Lane, chunk_of
-from jaxchunk.chunking.ops import Stage, over_layers, put
+from jaxchunk.chunking.ops import Stage
+from jaxchunk.chunking.spans import Span, over_layers, put
 from jaxchunk.chunking.trainable import widened
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.transformer import Block, Transformer
@@ -133,7 +134,7 @@ def lane_gradient(
     return stage.add_embedding(grads, model, chunk(i), dx)
 
   inputs = lax.fori_loop(0, num_chunks, embed, inputs)
-  inputs, scratch = over_layers(model, forward, (inputs, scratch))
+  inputs, scratch = over_layers(Span.of(model), forward, (inputs, scratch))
   last, order = cfg.num_layers, _Order(num_chunks, size)
   loss, grads = totals
   with_head, sums = stage.open_head(model, grads)
@@ -142,7 +143,7 @@ def lane_gradient(
   )
   totals = (loss, stage.close_head(grads, sums))
   inputs, _, (loss, grads) = over_layers(
-    model, backward, (inputs, scratch, totals), reverse=True
+    Span.of(model), backward, (inputs, scratch, totals), reverse=True
   )
   return loss, lax.fori_loop(0, num_chunks, unembed, grads)
 

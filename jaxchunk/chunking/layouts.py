@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxchunk.chunking.executor import Options
 from jaxchunk.chunking.memory import Strategy
+from jaxchunk.chunking.routing import has_router_losses
 from jaxchunk.chunking.shards import Shards
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.models.config import ModelConfig
@@ -27,9 +28,36 @@ def check_layout(
   if layout.stage > 1:
     near = _changed(layout, stage=1, data=layout.data * layout.stage)
     raise NotImplementedError(
-      f"layout.stage={layout.stage}: chunks do not run over it so far; the "
+      f"layout.stage={layout.stage}: this does not run over stages; the "
       f"nearest layout is {near}"
     )
+  return _check_chunks(layout, cfg, options)
+
+
+def check_stages(layout: Layout, cfg: ModelConfig, options: Options) -> None:
+  """Whether lanes can run over the stages of a layout.
+
+  Raises:
+    ValueError: As `check_layout`, or the strategy is another.
+    NotImplementedError: As `check_layout`, or routers have losses.
+  """
+  strategy = _check_chunks(layout, cfg, options)
+  if strategy != "chunk_outer":
+    raise ValueError(
+      f"strategy={strategy!r} does not run over layout.stage={layout.stage}: a "
+      "stage has all layers of a chunk at once; take strategy='chunk_outer'"
+    )
+  if has_router_losses(cfg):
+    raise NotImplementedError(
+      f"layout.stage={layout.stage} with losses of routers, which want all "
+      "tokens before the first backward pass; set moe.balance_loss=0 and "
+      "moe.z_loss=0, or use the axes 'expert' and 'data'"
+    )
+
+
+def _check_chunks(
+  layout: Layout, cfg: ModelConfig, options: Options
+) -> Strategy:
   size, devices = options.chunk_size, layout.context
   if size % devices:
     raise ValueError(
@@ -129,7 +157,7 @@ def check_rules(layout: Layout) -> None:
     name: {LOGICAL[name]} for name in ("layers", "lane", "sequence", "rank")
   }
   allowed |= {
-    "vocab": {("tensor",), ()},
+    "vocab": {("tensor",), (), ("stage", "tensor")},
     "heads": {("tensor",)},
     "kv_heads": {("tensor",)},
     "mlp": {("tensor",), ()},

@@ -9,7 +9,7 @@ in place.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,7 +21,8 @@ from jaxchunk.chunking.chunk import Chunk
 from jaxchunk.chunking.memory import MemorySpace
 from jaxchunk.chunking.scores import weighted_sum
 from jaxchunk.chunking.shards import Shards
-from jaxchunk.chunking.trainable import Trainable, widened
+from jaxchunk.chunking.spans import Span, over_layers, put
+from jaxchunk.chunking.trainable import Subset, Trainable, widened
 from jaxchunk.kernels.cross_entropy.api import (
   linear_cross_entropy_with_grad,
 )
@@ -37,6 +38,7 @@ from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.moe import RouterWeights
 from jaxchunk.models.tape import Tape
 from jaxchunk.models.transformer import Block, Transformer
+from jaxchunk.sharding.rules import AXES
 
 # What a slot holds of each layer: "all" the products that the backward reads,
 # or only the layer's input and attention's output ("inputs"), from which the
@@ -86,6 +88,8 @@ class Stage:
     keep: What a slot holds.
     shards: How the parameters are split over devices.
     router: What routers' sums count for in the loss; `None` is nothing.
+    layers: Of each position of the window pattern, how many there is room for
+      in states and slots; `None` is as many as the model has.
   """
 
   chunk_size: int
@@ -94,6 +98,13 @@ class Stage:
   keep: Keep = "all"
   shards: Shards = dataclasses.field(default_factory=Shards)
   router: RouterWeights | None = None
+  layers: tuple[int, ...] | None = None
+
+  def layers_of(self, model: Transformer, position: int) -> int:
+    """Layers at a position of the window pattern, in states and slots."""
+    if self.layers is not None:
+      return self.layers[position]
+    return model.cfg.layers_of(position)
 
   def layer(self, model: Transformer, position: int, index: Any) -> Block:
     """Layer `index` (may be traced) at a position of the window pattern."""
@@ -108,7 +119,7 @@ class Stage:
     grads: list[Array],
     position: int,
     index: Any,
-    gradients: list[Array],
+    gradients: Sequence[Array | None],
   ) -> list[Array]:
     """Adds the gradients of a layer, of which others may have parts."""
     parts = self.shards.scatter_layer(self.trainable, position, gradients)
@@ -189,23 +200,64 @@ class Stage:
     number: Any,
   ) -> tuple[Array, Any, list[Array]]:
     """One layer of B: `(dx, cotangent, gradients)`; see `forward_block`."""
+    return self.backward_parts(
+      self.trainable.block(position),
+      *(block, dy, saved, {}, chunk, position),
+      *(layer, state, cotangent, number),
+    )[:3]
+
+  def backward_parts(
+    self,
+    subset: Subset,
+    block: Block,
+    dy: Float[Array, "B C D"],
+    saved: dict[str, Any],
+    taps: dict[str, Array],
+    chunk: Chunk,
+    position: int,
+    layer: Any,
+    state: Any,
+    cotangent: Any,
+    number: Any,
+  ) -> tuple[Array, Any, list[Array], dict[str, Array]]:
+    """`backward_block` for some of the parameters.
+
+    Args:
+      subset: Of the layer, which parameters.
+      block: The layer.
+      dy: Cotangent of its output.
+      saved: What `forward_block` kept.
+      taps: Zeros like the products of the layer whose cotangents are wanted.
+      chunk: As `forward_block`, like what follows.
+      position: Of the layer in the window pattern.
+      layer: Of the layer in the arrays of the state.
+      state: Of the sequence.
+      cotangent: Of the state.
+      number: Of the layer in the model.
+
+    Returns:
+      `(dx, cotangent, gradients, cotangents of the taps)`.
+    """
     x, o = saved["x"], saved["o"]
     keys = chunk.dropout and chunk.dropout.layer(number)
-    weights, rebuild = self.trainable.block(position).split(block)
+    weights, rebuild = subset.split(block)
     weights = [widened(w) for w in weights]
 
-    def pre(weights: list[Array], x: Array) -> tuple[Array, Array, Array]:
-      return rebuild(weights).pre(x, chunk.ropes, Tape(saved["tape"]))
+    def pre(weights: list[Array], taps: Any, x: Array) -> tuple[Array, ...]:
+      tape = Tape(saved["tape"], taps=taps)
+      return rebuild(weights).pre(x, chunk.ropes, tape)
 
-    def post(weights: list[Array], x: Array, o: Array) -> tuple[Array, Any]:
-      tape = Tape(saved["tape"])
+    def post(
+      weights: list[Array], taps: Any, x: Array, o: Array
+    ) -> tuple[Array, Any]:
+      tape = Tape(saved["tape"], taps=taps)
       y = rebuild(weights).post(x, o, tape, keys, chunk.valid)
       return y, self.router_loss(tape.router, number)
 
-    (_, own), post_vjp = jax.vjp(post, weights, x, o)
+    (_, own), post_vjp = jax.vjp(post, weights, taps, x, o)
     one = vary_like(jax.tree.map(jnp.ones_like, own), own)
-    d_post, dx_post, do = post_vjp((dy, one))
-    (q, k, v), pre_vjp = jax.vjp(pre, weights, x)
+    d_post, post_taps, dx_post, do = post_vjp((dy, one))
+    (q, k, v), pre_vjp = jax.vjp(pre, weights, taps, x)
     d_qkv, cotangent = self.states[position].attend_bwd(
       state,
       cotangent,
@@ -218,9 +270,11 @@ class Stage:
       saved["residual"],
       do,
     )
-    d_pre, dx_pre = pre_vjp(d_qkv)
+    d_pre, pre_taps, dx_pre = pre_vjp(d_qkv)
     gradients = [a + b for a, b in zip(d_post, d_pre, strict=True)]
-    return dx_post + dx_pre, cotangent, gradients
+    # Each product is in one of the two; its tap in the other owes nothing.
+    owed = jax.tree.map(jnp.add, post_taps, pre_taps)
+    return dx_post + dx_pre, cotangent, gradients, owed
 
   def router_loss(self, said: Any, number: Any) -> Float[Array, ""] | None:
     """What a layer's router adds to the loss; `None` is nothing.
@@ -251,7 +305,7 @@ class Stage:
   ) -> States:
     """Empty sequence states for every layer."""
     return tuple(
-      spec.init(model.cfg.layers_of(position), batch, capacity)
+      spec.init(self.layers_of(model, position), batch, capacity)
       for position, spec in enumerate(self.states)
     )
 
@@ -305,7 +359,7 @@ class Stage:
     x = vary_like(x, chunk)
     slots = []
     for position in range(len(model.blocks)):
-      leading = (count, cfg.layers_of(position))
+      leading = (count, self.layers_of(model, position))
 
       def one_layer(x: Array, position: int = position) -> dict[str, Any]:
         capacity = chunk.place.lane_segment_ids.shape[1]
@@ -340,25 +394,42 @@ class Stage:
     Returns:
       The last layer's output (before the final norm), the states and slots.
     """
+    x = vary_like(self.embed(model, chunk), chunk)
+    span = Span.of(model)
+    return self.forward_layers(model, span, chunk, x, states, slots, slot)
+
+  def forward_layers(
+    self,
+    model: Transformer,
+    span: Span,
+    chunk: Chunk,
+    x: Float[Array, "B C D"],
+    states: States,
+    slots: Slots | None = None,
+    slot: Any = 0,
+  ) -> tuple[Float[Array, "B C D"], States, Slots | None]:
+    """`forward` through some of the layers, from the first one's input x.
+
+    The first layer of the span is the first one of the states and slots.
+    """
 
     def layer(position: int, index: Any, carry: Any) -> Any:
       x, states, slots = carry
-      block = self.layer(model, position, index)
-      number = index * len(model.blocks) + position
+      block = self.layer(model, position, span.first + index)
+      number = span.layer(position, index)
       x, state, saved = self.forward_block(
         block, x, chunk, position, index, states[position], number
       )
       states = put(states, position, state)
       if slots is not None:
         kept = jax.tree.map(
-          lambda a, new: _store(a, new, slot, index), slots[position], saved
+          lambda a, new: store(a, new, slot, index), slots[position], saved
         )
         slots = put(slots, position, kept)
       return x, states, slots
 
-    x = vary_like(self.embed(model, chunk), chunk)
     states = vary_like(states, model, chunk)
-    return over_layers(model, layer, (x, states, slots))
+    return over_layers(span, layer, (x, states, slots))
 
   def backward(
     self,
@@ -386,11 +457,34 @@ class Stage:
     Returns:
       The cotangents and accumulators, with this chunk's parts added.
     """
+    span = Span.of(model)
+    dx, cotangents, grads = self.backward_layers(
+      model, span, chunk, dx, states, cotangents, slots, slot, grads
+    )
+    return cotangents, self.add_embedding(grads, model, chunk, dx)
+
+  def backward_layers(
+    self,
+    model: Transformer,
+    span: Span,
+    chunk: Chunk,
+    dx: Float[Array, "B C D"],
+    states: States,
+    cotangents: States,
+    slots: Slots,
+    slot: Any,
+    grads: list[Array],
+  ) -> tuple[Float[Array, "B C D"], States, list[Array]]:
+    """`backward` through the layers of `forward_layers`.
+
+    Returns:
+      The cotangent of the first layer's input, then as `backward`.
+    """
 
     def layer(position: int, index: Any, carry: Any) -> Any:
       dx, cotangents, grads = carry
-      block = self.layer(model, position, index)
-      saved = jax.tree.map(lambda a: _load(a, slot, index), slots[position])
+      block = self.layer(model, position, span.first + index)
+      saved = jax.tree.map(lambda a: load(a, slot, index), slots[position])
       dx, cotangent, gradients = self.backward_block(
         block,
         dx,
@@ -400,17 +494,16 @@ class Stage:
         index,
         states[position],
         cotangents[position],
-        index * len(model.blocks) + position,
+        span.layer(position, index),
       )
       cotangents = put(cotangents, position, cotangent)
-      grads = self.add_layer(grads, position, index, gradients)
+      grads = self.add_layer(grads, position, span.first + index, gradients)
       return dx, cotangents, grads
 
     dx, grads = vary_like((dx, grads), chunk, dx)
     cotangents = vary_like(cotangents, model, chunk, dx)
     carry = (dx, cotangents, grads)
-    dx, cotangents, grads = over_layers(model, layer, carry, reverse=True)
-    return cotangents, self.add_embedding(grads, model, chunk, dx)
+    return over_layers(span, layer, carry, reverse=True)
 
   def head_gradient(
     self,
@@ -474,6 +567,7 @@ class Stage:
     h, norm_vjp = jax.vjp(norm, weights, x)
     accumulator = self.trainable.unembed_accumulator(grads)
     split = varying_axes(model.unembed) - varying_axes(h)
+    axes = tuple(axis for axis in AXES if axis in split)
     nll, _, dh, accumulator = linear_cross_entropy_with_grad(
       h,
       model.unembed,
@@ -481,7 +575,7 @@ class Stage:
       chunk.weights,
       softcap=model.cfg.logit_softcap,
       dw_init=accumulator,
-      axis=min(split, default=None),
+      axis=axes or None,
     )
     d_norm, dx = norm_vjp(dh)
     grads = self.trainable.set_unembed(grads, accumulator)
@@ -489,49 +583,14 @@ class Stage:
     return weighted_sum(chunk.weights, nll), dx, grads
 
 
-def over_layers(
-  model: Transformer,
-  layer: Callable[[int, Any, Any], Any],
-  carry: Any,
-  *,
-  reverse: bool = False,
-) -> Any:
-  """Applies `layer(position, index, carry)` to all layers, in order.
-
-  A loop over whole periods of the window pattern, and what remains behind it.
-  """
-  period = len(model.blocks)
-  whole, rest = divmod(model.cfg.num_layers, period)
-
-  def periods(carry: Any) -> Any:
-    def body(n: Any, carry: Any) -> Any:
-      index = whole - 1 - n if reverse else n
-      order = range(period)
-      for position in reversed(order) if reverse else order:
-        carry = layer(position, index, carry)
-      return carry
-
-    return lax.fori_loop(0, whole, body, carry)
-
-  if not reverse:
-    carry = periods(carry)
-  order = range(rest)
-  for position in reversed(order) if reverse else order:
-    carry = layer(position, whole, carry)
-  return periods(carry) if reverse else carry
-
-
-def put(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
-  """The tuple with one item replaced."""
-  return (*items[:index], item, *items[index + 1 :])
-
-
-def _store(slots: Array, new: Array, slot: Any, layer: Any) -> Array:
+def store(slots: Array, new: Array, slot: Any, layer: Any) -> Array:
+  """`slots[slot, layer] = new`, in place; slots are `[count, layers, ...]`."""
   at = [jnp.asarray(n, jnp.int32) for n in (slot, layer, *[0] * new.ndim)]
   return lax.dynamic_update_slice(slots, new[None, None], at)
 
 
-def _load(slots: Array, slot: Any, layer: Any) -> Array:
+def load(slots: Array, slot: Any, layer: Any) -> Array:
+  """`slots[slot, layer]`."""
   shape = slots.shape[2:]
   at = [jnp.asarray(n, jnp.int32) for n in (slot, layer, *[0] * len(shape))]
   return lax.dynamic_slice(slots, at, (1, 1, *shape))[0, 0]

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jaxchunk.chunking import executor
+from jaxchunk.chunking import executor, pipeline
 from jaxchunk.chunking.balance_cost import Timing, lane_works
 from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.cost import plan_cost
@@ -70,7 +70,7 @@ def place_model(
     NotImplementedError: The model is quantized, and would be split.
   """
   mesh = layout.mesh() if mesh is None else mesh
-  return _put_model(model, Shards.of(model, layout), mesh)
+  return _put_model(model, pipeline.stored_shards(layout, model), mesh)
 
 
 def _put_model(model: Transformer, shards: Shards, mesh: Mesh) -> Transformer:
@@ -144,6 +144,10 @@ def accumulate_over(
       `place_model`.
     NotImplementedError: As `check_layout`.
   """
+  if layout.stage > 1:
+    return pipeline.accumulate_stages(
+      layout, model, examples, options, mesh=mesh, rng=rng, spread=spread
+    )
   strategy = check_layout(layout, model.cfg, options)
   mesh = layout.mesh() if mesh is None else mesh
   ready = _Ready(layout, model, mesh, rng)
@@ -321,8 +325,11 @@ def warm_up_over(
     spread: As in `accumulate_over`.
 
   Returns:
-    How many programs there are.
+    How many programs there are; over stages it is what lanes a batch has that
+    decides, and none is compiled beforehand.
   """
+  if layout.stage > 1:
+    return 0
   check_layout(layout, model.cfg, options)
   mesh = layout.mesh() if mesh is None else mesh
   ready = _Ready(layout, model, mesh, rng)
@@ -366,7 +373,13 @@ def loss_sum_over(
   *,
   mesh: Mesh | None = None,
 ) -> Float[Array, ""]:
-  """`executor.loss_sum` over the devices of a layout; see `accumulate_over`."""
+  """`executor.loss_sum` over the devices of a layout; see `accumulate_over`.
+
+  Over stages it costs as much as the gradient.
+  """
+  if layout.stage > 1:
+    options = options._replace(strategy="chunk_outer")
+    return accumulate_over(layout, model, examples, options, mesh=mesh).loss
   check_layout(layout, model.cfg, options)
   mesh = layout.mesh() if mesh is None else mesh
   ready = _Ready(layout, model, mesh)

@@ -12,7 +12,8 @@ from jax import lax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from jaxchunk.chunking.chunk import Chunk, Lane, chunk_of
-from jaxchunk.chunking.ops import Stage, over_layers, put
+from jaxchunk.chunking.ops import Stage
+from jaxchunk.chunking.spans import Span, over_layers, put
 from jaxchunk.kernels.vma import vary_like
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
@@ -88,4 +89,4 @@ def _chunk_counts(
     return x, put(states, position, state), counts
 
   x = vary_like(stage.embed(model, chunk), chunk)
-  return over_layers(model, layer, (x, states, counts))[1:]
+  return over_layers(Span.of(model), layer, (x, states, counts))[1:]

@@ -1,7 +1,8 @@
 """Parameters of which each device holds a part, inside a `jax.shard_map`.
 
 An axis of a parameter is split in one of two ways. Along "tensor" the parts
-are used as they are: heads, the MLP's width, the vocabulary. Along the others
+are used as they are: heads, the MLP's width, the vocabulary; along "stage" too:
+layers, the vocabulary. Along the others
 (FSDP) a parameter is gathered where it is used, a layer at a time, and its
 gradient is added up and scattered where it was computed; of embeddings the
 tokens travel instead.
@@ -11,6 +12,7 @@ Source: ZeRO (arXiv 1910.02054), stage 3; Megatron-LM (arXiv 1909.08053).
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ from jaxchunk.models.transformer import Block, Transformer, layer_of
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.sharding.rules import axis_names, split_by
 
-_USED_IN_PARTS = ("tensor", "expert")
+_USED_IN_PARTS = ("stage", "tensor", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Shards:
       for split in spec
       for name in axis_names(split)
     }
-    return frozenset(names - {"tensor"})
+    return frozenset(names - {"stage", "tensor"})
 
   @property
   def gathers(self) -> bool:
@@ -145,14 +147,19 @@ class Shards:
     return jax.tree.unflatten(treedef, whole)
 
   def scatter_layer(
-    self, trainable: Trainable, position: int, gradients: list[Array]
-  ) -> list[Array]:
+    self,
+    trainable: Trainable,
+    position: int,
+    gradients: Sequence[Array | None],
+  ) -> list[Array | None]:
     """This device's parts of a layer's gradients, added up over devices."""
     if not self.gathers:
-      return gradients
+      return list(gradients)
     specs = trainable.under(self.specs, "blocks", position)
     pairs = zip(gradients, specs, strict=True)
-    return [scatter(g, _inner(spec)) for g, spec in pairs]
+    return [
+      None if g is None else scatter(g, _inner(spec)) for g, spec in pairs
+    ]
 
   def with_head(self, model: Transformer, trainable: Trainable) -> Transformer:
     """The model with the head's matrix as its rows are used."""
@@ -207,8 +214,8 @@ class Shards:
       tokens = lax.all_gather(tokens, width)
       parts = dx.reshape(*dx.shape[:2], tokens.shape[0], -1)
       dx = lax.all_to_all(parts, width, 2, 0)
-    for axis in vocab:
-      tokens, here = own_labels(tokens, model.embed[...].shape[0], axis)
+    if vocab:
+      tokens, here = own_labels(tokens, model.embed[...].shape[0], vocab)
       dx = jnp.where(here[..., None], dx, 0)
     return tokens, dx
 
@@ -259,13 +266,13 @@ def take_rows(
   Args:
     table: This device's rows.
     tokens: Of the whole vocabulary.
-    vocab: The mesh axis that splits the rows, if one does.
+    vocab: The mesh axes that split the rows, if any do.
   """
-  for axis in vocab:
-    own, here = own_labels(tokens, table.shape[0], axis)
-    rows = jnp.where(here[..., None], table[own], 0)
-    return lax.psum(rows, axis)
-  return table[tokens]
+  if not vocab:
+    return table[tokens]
+  own, here = own_labels(tokens, table.shape[0], vocab)
+  rows = jnp.where(here[..., None], table[own], 0)
+  return lax.psum(rows, vocab)
 
 
 def _gathered(split: Any) -> tuple[str, ...]:

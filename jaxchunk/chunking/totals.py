@@ -23,7 +23,8 @@ from jaxchunk.sharding.mesh import Layout
 from jaxchunk.sharding.rules import axis_names
 
 SUMMED = (*GROUPS, SEQUENCE)
-"""The mesh axes along which devices have gradients of their own."""
+"""The mesh axes along which devices have tokens, and so gradients, of their
+own; stages have their own of what they all hold."""
 
 
 def total_specs(options: Options, shards: Shards) -> Any:
@@ -31,7 +32,8 @@ def total_specs(options: Options, shards: Shards) -> Any:
 
   def total(spec: PartitionSpec) -> PartitionSpec:
     used = {name for split in spec for name in axis_names(split)}
-    return PartitionSpec(tuple(a for a in SUMMED if a not in used), *spec)
+    own = tuple(a for a in ("stage", *SUMMED) if a not in used)
+    return PartitionSpec(own, *spec)
 
   chosen = options.trainable.chosen
   specs = [shards.spec(n) for n, mine in enumerate(chosen) if mine]

@@ -123,6 +123,36 @@ class Trainable:
     """Of the layers at one position of the window pattern."""
     return self._under("blocks", position)
 
+  def matrices(self, position: int) -> Subset:
+    """Of those layers what is multiplied by tokens: kernels and adapters."""
+    return self._of_block(position, matrices=True)
+
+  def vectors(self, position: int) -> Subset:
+    """Of those layers all else: norms, biases, magnitudes."""
+    return self._of_block(position, matrices=False)
+
+  def products(self, position: int) -> frozenset[str]:
+    """Names on the `Tape` of what those matrices are multiplied by."""
+    found = set()
+    for path, mine in zip(self.paths, self.chosen, strict=True):
+      if mine and path[:2] == ("blocks", position) and _is_matrix(path):
+        _, _, name, *inner = path
+        if name == "experts":
+          name = "router" if inner[-1] == "router" else f"expert_{inner[-1]}"
+        found.add(name)
+    return frozenset(found)
+
+  def _of_block(self, position: int, *, matrices: bool) -> Subset:
+    under = ("blocks", position)
+    pairs = zip(self.paths, self.chosen, strict=True)
+    return Subset(
+      tuple(
+        mine and _is_matrix(path) == matrices
+        for path, mine in pairs
+        if path[:2] == under
+      )
+    )
+
   def final_norm(self) -> Subset:
     """Of the final norm."""
     return self._under("final_norm")
@@ -132,12 +162,14 @@ class Trainable:
     grads: list[Array],
     position: int,
     index: Any,
-    gradients: list[Array],
+    gradients: Sequence[Array | None],
   ) -> list[Array]:
-    """Adds the gradients of one layer, in place."""
+    """Adds the gradients of one layer, in place; `None` is nothing to add."""
     places = self._places("blocks", position)
     grads = list(grads)
     for place, gradient in zip(places, gradients, strict=True):
+      if gradient is None:
+        continue
       old = lax.dynamic_index_in_dim(grads[place], index, keepdims=False)
       new = old + gradient.astype(old.dtype)
       grads[place] = lax.dynamic_update_index_in_dim(
@@ -155,6 +187,15 @@ class Trainable:
     ):
       grads[place] = grads[place] + gradient.astype(grads[place].dtype)
     return grads
+
+  def where_final_norm(
+    self, flag: Array, new: list[Array], old: list[Array]
+  ) -> list[Array]:
+    """The new accumulators, of the final norm only where the flag is set."""
+    new = list(new)
+    for place in self._places("final_norm"):
+      new[place] = jnp.where(flag, new[place], old[place])
+    return new
 
   def add_embedding(
     self,
@@ -221,3 +262,8 @@ class Trainable:
     size = len(prefix)
     pairs = zip(self.paths, self.chosen, strict=True)
     return Subset(tuple(mine for path, mine in pairs if path[:size] == prefix))
+
+
+def _is_matrix(path: tuple[Any, ...]) -> bool:
+  """Whether a parameter of a layer is one that a `Tape` multiplies by."""
+  return path[-1] in ("kernel", "a", "b") or "experts" in path

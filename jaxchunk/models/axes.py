@@ -27,6 +27,7 @@ _EXPERTS = {
 Axes = tuple[str | None, ...]
 
 PARAMETER_AXES = (
+  "layers",
   "embed",
   "heads",
   "kv_heads",
@@ -35,7 +36,7 @@ PARAMETER_AXES = (
   "rank",
   "experts",
 )
-"""Those of parameters, beside layers."""
+"""Those of parameters."""
 
 
 def parameter_axes(model: Transformer) -> list[Axes]:

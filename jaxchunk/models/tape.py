@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jaxchunk.kernels.vma import match_primal
@@ -29,16 +30,43 @@ from jaxchunk.models.turned import Turned
 class Tape:
   """Keeps named products (`Tape()`) or gives them back (`Tape(saved)`).
 
+  A backward pass can be cut in two. With `taps`, zeros that are added to the
+  products, the cotangents of the taps are those of the products, and weights
+  need no gradient at once. A tape with `detached` gives the products as
+  functions of their weights alone, for `outputs` to be differentiated later
+  with those cotangents.
+
   Attributes:
     saved: Output of each product that was kept.
+    outputs: Output of every product, if `detached`.
     router: What the layer's router said of its tokens, a
       `jaxchunk.models.moe.RouterSums`; `None` where there is none.
   """
 
-  def __init__(self, saved: Mapping[str, Array] | None = None):
+  def __init__(
+    self,
+    saved: Mapping[str, Array] | None = None,
+    *,
+    taps: Mapping[str, Array] | None = None,
+    detached: bool = False,
+  ):
     self._replay = saved is not None
+    self._taps = dict(taps or {})
+    self._detached = detached
     self.saved: dict[str, Array] = dict(saved or {})
+    self.outputs: dict[str, Array] = {}
     self.router: Any = None
+
+  def _input(self, x: Array) -> Array:
+    return lax.stop_gradient(x) if self._detached else x
+
+  def _output(self, name: str, y: Array, keep: bool) -> Array:
+    """Remembers a product."""
+    if keep and not self._replay:
+      self.saved[name] = y
+    if self._detached:
+      self.outputs[name] = y
+    return y + self._taps[name] if name in self._taps else y
 
   def product(
     self,
@@ -66,14 +94,13 @@ class Tape:
     Returns:
       The product, computed or given back.
     """
+    x = self._input(x)
     if self._replay and name in self.saved:
-      return _replayed(spec, self.saved[name], x, w)
+      return self._output(name, _replayed(spec, self.saved[name], x, w), keep)
     y = _product(spec, x, w)
     if like is not None:
       y = match_primal(y, like)
-    if keep and not self._replay:
-      self.saved[name] = y
-    return y
+    return self._output(name, y, keep)
 
   def ragged_product(
     self, name: str, x: Array, w: Array, *, sizes: Array, keep: bool = True
@@ -90,12 +117,12 @@ class Tape:
     Returns:
       The products `[M,F]`, computed or given back.
     """
+    x = self._input(x)
     if self._replay and name in self.saved:
-      return replayed_ragged_product(self.saved[name], x, w, sizes)
-    y = ragged_product(x, w, sizes)
-    if keep and not self._replay:
-      self.saved[name] = y
-    return y
+      y = replayed_ragged_product(self.saved[name], x, w, sizes)
+    else:
+      y = ragged_product(x, w, sizes)
+    return self._output(name, y, keep)
 
   def adapted_product(
     self,
@@ -127,14 +154,14 @@ class Tape:
     Returns:
       The product, computed or given back.
     """
+    x = self._input(x)
     if self._replay and name in self.saved:
-      return _adapted_replayed(spec, scale, self.saved[name], x, w, a, b)
+      y = _adapted_replayed(spec, scale, self.saved[name], x, w, a, b)
+      return self._output(name, y, keep)
     y = _adapted(spec, scale, x, w, a, b)
     if like is not None:
       y = match_primal(y, like)
-    if keep and not self._replay:
-      self.saved[name] = y
-    return y
+    return self._output(name, y, keep)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -85,7 +85,7 @@ def linear_cross_entropy_with_grad(
   *,
   softcap: float | None = None,
   dw_init: Float[Array, "V D"] | None,
-  axis: str | None = None,
+  axis: str | tuple[str, ...] | None = None,
   implementation: Implementation | None = None,
 ) -> tuple[
   Float[Array, "*B T"],
@@ -120,9 +120,10 @@ def linear_cross_entropy_with_grad(
     softcap: Bounds the logits to (-softcap, softcap).
     dw_init: fp32 or fp64 `[V, D]` to add the gradient of `w` to. `None` where
       `w` is frozen: its gradient is not computed.
-    axis: Inside `jax.shard_map`, the mesh axis whose devices hold parts of the
-      vocabulary: `w` is this device's, labels are of the whole, nll, lse and
-      dx come out over all parts, the same on each device. "xla" only.
+    axis: Inside `jax.shard_map`, the mesh axis (or axes, from the slowest to
+      the fastest) whose devices hold parts of the vocabulary: `w` is this
+      device's, labels are of the whole, nll, lse and dx come out over all
+      parts, the same on each device. "xla" only.
     implementation: As `linear_cross_entropy`. "pallas_tpu" computes the logits
       three times, "pallas_gpu" twice.
 

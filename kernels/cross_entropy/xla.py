@@ -27,6 +27,9 @@ from jaxchunk.kernels.vma import (
   varying_axes,
 )
 
+AxisName = str | tuple[str, ...]
+"""A mesh axis, or several from the slowest to the fastest."""
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
@@ -110,7 +113,7 @@ def linear_cross_entropy_with_grad(
   *,
   softcap: float | None = None,
   dw_init: Float[Array, "V D"] | None,
-  axis: str | None = None,
+  axis: AxisName | None = None,
   blocks: BlockSizes | None = None,
 ) -> tuple[
   Float[Array, "*B T"],
@@ -161,8 +164,9 @@ def linear_cross_entropy_with_grad(
 
   nll = lse = jnp.zeros(rows, wide)
   axes = varying_axes(x, w, labels, weights)
+  names = {axis} if isinstance(axis, str) else set(axis or ())
   carry = (
-    *vary((nll, lse, jnp.zeros_like(x_TD)), axes - {axis}),
+    *vary((nll, lse, jnp.zeros_like(x_TD)), axes - names),
     vary(dw_init, axes),
   )
   nll, lse, dx, dw = _for_blocks(blocks.rows, rows, body, carry)
@@ -334,14 +338,15 @@ def _backward_rows(
 
 
 def own_labels(
-  labels: Int[Array, "*B T"], vocab: int, axis: str
+  labels: Int[Array, "*B T"], vocab: int, axis: AxisName
 ) -> tuple[Int[Array, "*B T"], Bool[Array, "*B T"]]:
   """Labels as rows of this device's part of a head, and which are in it.
 
   Args:
     labels: Of the whole vocabulary.
     vocab: Entries of each part.
-    axis: Of the mesh, along which the parts lie in order.
+    axis: Of the mesh, along which the parts lie in order; of several the
+      last is the fastest.
 
   Returns:
     Rows in [0, vocab), 0 where the label is elsewhere, and whether it is here.
@@ -355,7 +360,7 @@ def over_parts(
   nll: Float[Array, "*B T"],
   lse: Float[Array, "*B T"],
   here: Bool[Array, "*B T"],
-  axis: str,
+  axis: AxisName,
 ) -> tuple[Float[Array, "*B T"], Float[Array, "*B T"]]:
   """The nll and lse over all parts of a head, from those of each.
 

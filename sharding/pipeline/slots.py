@@ -208,7 +208,7 @@ class Rows:
     stage: The virtual stage.
     part: Which of its device's virtual stages that is.
     item: The chunk.
-    index: Of the chunk in its lane.
+    place: Of the chunk in its lane.
     source: In the inbox, the input of `F` or the cotangent of `B`.
     kept: Of what the backward pass reads; of `F_drop` the one behind the last.
     owed: Of what `W` reads.
@@ -219,9 +219,13 @@ class Rows:
     from_below: Where what the device behind sends goes.
     from_self: Where what the device itself found goes.
     opens: Whether the input of the first stage is made here before the tick.
+    open_item: Of which chunk.
+    open_to: In the inbox, where it goes.
     closes: Whether the loss is computed here, behind the last stage.
-    opens_back: Whether the gradient of the embedding is.
+    close_item: Of which chunk.
     close_to: In the inbox, where the cotangent of the last stage goes.
+    opens_back: Whether the gradient of the embedding is computed here.
+    back_item: Of which chunk.
     batch: Of the chunk, for the weights that it sees.
     updates: Whether weights change at the end of the tick.
     sizes: Slots of a device.
@@ -231,7 +235,7 @@ class Rows:
   stage: Int32[np.ndarray, "T P"]
   part: Int32[np.ndarray, "T P"]
   item: Int32[np.ndarray, "T P"]
-  index: Int32[np.ndarray, "T P"]
+  place: Int32[np.ndarray, "T P"]
   source: Int32[np.ndarray, "T P"]
   kept: Int32[np.ndarray, "T P"]
   owed: Int32[np.ndarray, "T P"]
@@ -241,9 +245,13 @@ class Rows:
   from_below: Int32[np.ndarray, "T P"]
   from_self: Int32[np.ndarray, "T P"]
   opens: Bool[np.ndarray, "T P"]
+  open_item: Int32[np.ndarray, "T P"]
+  open_to: Int32[np.ndarray, "T P"]
   closes: Bool[np.ndarray, "T P"]
-  opens_back: Bool[np.ndarray, "T P"]
+  close_item: Int32[np.ndarray, "T P"]
   close_to: Int32[np.ndarray, "T P"]
+  opens_back: Bool[np.ndarray, "T P"]
+  back_item: Int32[np.ndarray, "T P"]
   batch: Int32[np.ndarray, "T P"]
   updates: Bool[np.ndarray, "T P"]
   sizes: Sizes
@@ -305,6 +313,7 @@ class _Writer:
       "from_above": sizes.inbox,
       "from_below": sizes.inbox,
       "from_self": sizes.inbox,
+      "open_to": sizes.inbox,
       "close_to": sizes.inbox,
     }
     names = [f.name for f in dataclasses.fields(Rows) if f.name != "sizes"]
@@ -340,7 +349,7 @@ class _Writer:
       "stage": stage,
       "part": placement.part_of[stage],
       "item": item,
-      "index": lanes.index_of[item],
+      "place": lanes.index_of[item],
       "state": self.at["state"][state],
       "cotangent": self.at["cotangent"][state],
     }
@@ -359,18 +368,20 @@ class _Writer:
       if stage:
         self._send(tick, device, ("B", stage - 1, item))
       else:
-        self._flag("opens_back", tick, device)
+        self._flag("opens_back", "back_item", tick, device, item)
 
   def _forward(self, tick: int, device: int, stage: int, item: int) -> None:
     first = self.times.first[stage, item] == tick
     last = self.times.last[stage, item] == tick
     top = self.table.placement.stages - 1
     if stage == 0 and first:
-      self._flag("opens", tick, device)
+      self._flag("opens", "open_item", tick, device, item)
+      to = self.at["inbox"]["F", stage, item]
+      self.lists["open_to"][tick][device] = to
     if stage < top and first:
       self._send(tick, device, ("F", stage + 1, item))
     if stage == top and last:
-      self._flag("closes", tick, device)
+      self._flag("closes", "close_item", tick, device, item)
       to = self.at["inbox"]["B", stage, item]
       self.lists["close_to"][tick][device] = to
 
@@ -387,7 +398,10 @@ class _Writer:
       name = "from_above"
     self.lists[name][tick][there] = slot
 
-  def _flag(self, name: str, tick: int, device: int) -> None:
+  def _flag(
+    self, name: str, of: str, tick: int, device: int, item: int
+  ) -> None:
     devices = self.table.placement.devices
     for where in range(devices) if self.everywhere else (device,):
       self.lists[name][tick][where] = 1
+      self.lists[of][tick][where] = item

@@ -11,6 +11,7 @@ Sources: GPipe (arXiv 1811.06965), 1F1B and interleaved (Narayanan et al., arXiv
 PipeDream-2BW (arXiv 2006.09503).
 """
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -37,6 +38,32 @@ Schedule = Literal[
 
 # Anything that says what runs: lanes, their sizes, a number of microbatches.
 LanesLike = Lanes | Sequence[int] | int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+  """How the stages of a layout take turns.
+
+  The head is on the last stage, and every device has its matrix, because an
+  array has one shape everywhere; `Rules({"vocab": ("stage", "tensor")})` in the
+  layout lays embedding and head over all stages instead.
+
+  Attributes:
+    schedule: Which table, a name of `BUILDERS`.
+    layers: Of each virtual stage; `None` is as even as they can be.
+
+  Raises:
+    ValueError: There is no such schedule.
+  """
+
+  schedule: Schedule = "1f1b"
+  layers: tuple[int, ...] | None = None
+
+  def __post_init__(self) -> None:
+    if self.schedule not in BUILDERS:
+      raise ValueError(
+        f"pipeline.schedule={self.schedule!r} is not one of {list(BUILDERS)}"
+      )
 
 
 def as_lanes(lanes: Lanes | Sequence[int] | int) -> Lanes:

@@ -48,46 +48,36 @@ from jaxchunk.types import Example
 STAGE = "stage"
 """The mesh axis of the stages."""
 
-_ROWS = PartitionSpec(None, STAGE)
+ROWS = PartitionSpec(None, STAGE)
+"""How a table is split: each device has its column."""
 
 
-class Batch(NamedTuple):
-  """What runs: a table, and its lanes on the host.
-
-  Attributes:
-    table: The same for every group.
-    lanes: For each lane of the table that of each group; `None` is padding.
-  """
-
-  table: Table
-  lanes: list[tuple[int | None, ...]]
+# For each lane of a table that of each group; `None` is padding.
+Dealt = list[tuple[int | None, ...]]
 
 
-def plan_stages(
-  layout: Layout,
-  costs: Sequence[int],
-  chunks: Sequence[int],
-  live_chunks: int,
-) -> Batch:
+def deal_lanes(
+  layout: Layout, costs: Sequence[int], chunks: Sequence[int]
+) -> tuple[Dealt, tuple[int, ...]]:
   """Deals lanes out to groups, those of like cost side by side.
 
   Args:
-    layout: The groups, the stages and their schedule.
+    layout: The groups.
     costs: Of each lane.
     chunks: How many each lane has.
-    live_chunks: K.
+
+  Returns:
+    The lanes, and how many chunks all groups run for each: those of the
+    longest.
   """
   groups = math.prod(getattr(layout, axis) for axis in GROUPS)
   order = sorted(range(len(costs)), key=lambda n: -costs[n])
-  rows: list[tuple[int | None, ...]] = []
+  rows: Dealt = []
   for start in range(0, len(order), groups):
     row: list[int | None] = list(order[start : start + groups])
     rows.append((*row, *[None] * (groups - len(row))))
-  sizes = tuple(max(chunks[n] for n in row if n is not None) for row in rows)
-  lanes = Lanes(sizes, live_chunks)
-  table = build(layout.pipeline.schedule, layout.stage, lanes)
-  check_table(table)
-  return Batch(table, rows)
+  sizes = [max(chunks[n] for n in row if n is not None) for row in rows]
+  return rows, tuple(sizes)
 
 
 def accumulate_stages(
@@ -124,16 +114,15 @@ def accumulate_stages(
     live_chunks=options.live_chunks,
     strategy="chunk_outer",
   )
-  batch = plan_stages(
-    layout,
-    costs.lanes,
-    [lane.num_chunks for lane in lanes],
-    options.live_chunks,
-  )
-  ready = _Ready.of(layout, model, batch.table, options, mesh)
-  lane = _place_lanes(model, batch, lanes, options.chunk_size, mesh)
+  chunks = [lane.num_chunks for lane in lanes]
+  dealt, sizes = deal_lanes(layout, costs.lanes, chunks)
+  whole = Lanes(sizes, options.live_chunks)
+  table = build(layout.pipeline.schedule, layout.stage, whole)
+  check_table(table)
+  ready = _Ready.of(layout, model, table, options, mesh)
+  lane = place_chunks(model, whole, dealt, lanes, options.chunk_size, mesh)
   totals = zero_totals(mesh, options, ready.shards)(ready.model)
-  rows, ticks = _place_rows(batch.table, ready.static, mesh)
+  rows, ticks = place_rows(table, ready.static, mesh)
   totals = stage_program(
     ready.model,
     lane,
@@ -302,20 +291,12 @@ def stage_program(
   stage = arena_stage(options, model.cfg, mesh, static)
   leaves, treedef = jax.tree.flatten(model)
   summed = total_specs(options, static.shards)
-  whole = [
-    _is_norm(path) and static.everywhere for path in options.trainable.paths
-  ]
 
   def local(
     leaves: Any, lane: Any, rows: Any, ticks: Any, totals: Any, rng: Any
   ) -> Any:
     rows = rows[:, 0]
-    # Parameters that vary keep the operations free of sums over the devices.
-    leaves = vary_like(leaves, lane)
-    leaves = [
-      a if norm else vary(a, (STAGE,))
-      for a, norm in zip(leaves, whole, strict=True)
-    ]
+    leaves = local_leaves(leaves, lane, options, static)
     model = jax.tree.unflatten(treedef, leaves)
     ops = ChunkOps(
       stage,
@@ -346,11 +327,26 @@ def stage_program(
   run = jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(parts, by_lane, _ROWS, NOWHERE, summed, NOWHERE),
+    in_specs=(parts, by_lane, ROWS, NOWHERE, summed, NOWHERE),
     out_specs=summed,
     check_vma=True,
   )
   return run(leaves, lane, rows, ticks, totals, rng)
+
+
+def local_leaves(
+  leaves: Sequence[Array], lane: Lane, options: Options, static: Static
+) -> list[Array]:
+  """Parameters that vary like what they are used with.
+
+  That keeps operations free of sums over the devices, which not all run at one
+  time. The final norm that all stages use at one time stays as it is.
+  """
+  paths = options.trainable.paths
+  return [
+    a if static.everywhere and path[0] == "final_norm" else vary(a, (STAGE,))
+    for path, a in zip(paths, vary_like(list(leaves), lane), strict=True)
+  ]
 
 
 def arena_stage(
@@ -376,32 +372,26 @@ def _in_arena(state: Any) -> KVPrefix:
   return KVArena(**fields, window=window)
 
 
-def _is_norm(path: tuple[Any, ...]) -> bool:
-  return bool(path[0] == "final_norm")
-
-
-def _place_rows(
-  table: Table, static: Static, mesh: Mesh
-) -> tuple[Array, Array]:
+def place_rows(table: Table, static: Static, mesh: Mesh) -> tuple[Array, Array]:
   """The table on the devices, in the room of a power of two of ticks."""
   count = len(table.ticks)
   rows = rows_of(table, everywhere=static.everywhere, sizes=static.sizes)
   stack = stacked(rows, capacity_chunks(count))
   ticks = put(np.asarray(count, np.int32), NamedSharding(mesh, NOWHERE))
-  return put(stack, NamedSharding(mesh, _ROWS)), ticks
+  return put(stack, NamedSharding(mesh, ROWS)), ticks
 
 
-def _place_lanes(
+def place_chunks(
   model: Transformer,
-  batch: Batch,
+  whole: Lanes,
+  dealt: Dealt,
   lanes: Sequence[LaneArrays],
   chunk_size: int,
   mesh: Mesh,
 ) -> Lane:
   """All chunks of each group in a row, in the order of the table's items."""
-  sizes = batch.table.lanes.sizes
-  length = capacity_chunks(sum(sizes)) * chunk_size
-  groups = len(batch.lanes[0])
+  length = capacity_chunks(whole.count) * chunk_size
+  groups = len(dealt[0])
   wide = np.dtype(jnp.promote_types(model.cfg.dtype, jnp.float32))
   spec, _ = lane_specs()
   arrays = {
@@ -411,16 +401,14 @@ def _place_lanes(
     for field in dataclasses.fields(Lane)
   }
   segments = np.zeros(groups, np.int32)
-  for row, size, start in zip(
-    batch.lanes, sizes, batch.table.lanes.starts, strict=True
-  ):
+  for row, size, start in zip(dealt, whole.sizes, whole.starts, strict=True):
     where = slice(start * chunk_size, (start + size) * chunk_size)
     for group, number in enumerate(row):
       if number is None:
         continue
       lane = pad_lane(lanes[number], size * chunk_size)
-      for name, whole in arrays.items():
-        whole[group, where] = getattr(lane, name)
+      for name, array in arrays.items():
+        array[group, where] = getattr(lane, name)
       # Segments differ between lanes, too.
       own = arrays["segment_ids"][group, where]
       own[own > 0] += segments[group]
@@ -429,7 +417,7 @@ def _place_lanes(
   order = np.arange(length).reshape(-1, parts).T.reshape(-1)
   return Lane(
     **{
-      name: put(whole[:, order], NamedSharding(mesh, spec))
-      for name, whole in arrays.items()
+      name: put(array[:, order], NamedSharding(mesh, spec))
+      for name, array in arrays.items()
     }
   )

@@ -194,7 +194,7 @@ class ChunkOps:
     )
     return state._replace(grads=grads)
 
-  def update(self, state: StageState, row: Row) -> StageState:
+  def update(self, state: StageState, batch: Int[Array, ""]) -> StageState:
     """See `StageOps`; weights do not change here."""
     raise NotImplementedError(
       "ChunkOps runs one batch; see chunking/delayed.py"

@@ -53,8 +53,6 @@ class Row(NamedTuple):
   close_to: Int[Array, ""]
   opens_back: Int[Array, ""]
   back_item: Int[Array, ""]
-  batch: Int[Array, ""]
-  updates: Int[Array, ""]
 
 
 class StageOps(Protocol):
@@ -94,7 +92,7 @@ class StageOps(Protocol):
   def weights(self, state: State, row: Row) -> State:
     """Adds the gradients that `backward` put off."""
 
-  def update(self, state: State, row: Row) -> State:
+  def update(self, state: State, batch: Int[Array, ""]) -> State:
     """Changes the weights by a batch's gradients; on all devices at once."""
 
 
@@ -122,7 +120,7 @@ def run_table(
   inbox: int,
   axis: str = "stage",
   split: bool = False,
-  updates: bool = False,
+  updates: Int[Array, " T"] | None = None,
 ) -> State:
   """Runs a table on this device, inside `jax.shard_map`.
 
@@ -130,12 +128,13 @@ def run_table(
     ops: What the operations do.
     rows: This device's part of `stacked`.
     ticks: How many of them; the same on all devices.
-    state: What `ops` begin with; its arrays vary as they will.
+    state: What `ops` begin with; its arrays vary as they will behind them.
     message: Zeros like what stages send.
     inbox: Slots for messages.
     axis: The mesh axis of the stages.
     split: Whether there are `W`.
-    updates: Whether weights change on the way.
+    updates: For each tick one more than the batch whose gradients are complete
+      behind it, or 0; the same on all devices.
 
   Returns:
     The state at the end.
@@ -157,23 +156,24 @@ def run_table(
     def backward(carry: Any) -> Any:
       return ops.backward(carry[0], _take(box, row.source), row)
 
-    box = _once(row.opens, open_first, box)
-    state, sent = _once(row.kind == 1, forward, (state, message))
+    box = once(row.opens, open_first, box)
+    state, sent = once(row.kind == 1, forward, (state, message))
 
     def close(carry: tuple[State, Array]) -> tuple[State, Array]:
       state, box = carry
       state, dy = ops.close(state, sent, row)
       return state, _put(box, dy, row.close_to)
 
-    state, box = _once(row.closes, close, (state, box))
-    state, sent = _once(row.kind == 2, backward, (state, sent))
-    state = _once(
+    state, box = once(row.closes, close, (state, box))
+    state, sent = once(row.kind == 2, backward, (state, sent))
+    state = once(
       row.opens_back, lambda state: ops.open_back(state, sent, row), state
     )
     if split:
-      state = _once(row.kind == 3, lambda state: ops.weights(state, row), state)
-    if updates:
-      state = _once(row.updates, lambda state: ops.update(state, row), state)
+      state = once(row.kind == 3, lambda state: ops.weights(state, row), state)
+    if updates is not None:
+      batch = lax.dynamic_index_in_dim(updates, number, 0, keepdims=False)
+      state = once(batch > 0, lambda state: ops.update(state, batch - 1), state)
     box = _put(box, sent, row.from_self)
     if devices > 1:
       above = lax.ppermute(sent, axis, down)
@@ -184,14 +184,18 @@ def run_table(
   # One more, for what nobody wants.
   box = jnp.zeros((inbox + 1, *message.shape), message.dtype)
   box = vary_like(box, message, rows)
-  message, state = vary_like(message, box), vary_like(state, rows)
+  message = vary_like(message, box)
   return lax.fori_loop(0, ticks, tick, (state, box))[0]
 
 
-def _once(
+def once(
   flag: Array, function: Callable[[Carry], Carry], carry: Carry
 ) -> Carry:
-  """`function(carry)` if the flag is set: a loop of one step, or none."""
+  """`function(carry)` if the flag is set: a loop of one step, or none.
+
+  Unlike a branch it leaves buffers in place, and unlike a choice it costs
+  nothing where the flag is not set.
+  """
 
   def body(_: Any, carry: Carry) -> Carry:
     new = function(carry)

@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from jaxchunk.sharding.pipeline.scheduling import batch_ends
 from jaxchunk.sharding.pipeline.table import KINDS, Op, Table
 
 Store = Literal["inbox", "kept", "owed", "state", "cotangent"]
@@ -226,8 +225,6 @@ class Rows:
     close_to: In the inbox, where the cotangent of the last stage goes.
     opens_back: Whether the gradient of the embedding is computed here.
     back_item: Of which chunk.
-    batch: Of the chunk, for the weights that it sees.
-    updates: Whether weights change at the end of the tick.
     sizes: Slots of a device.
   """
 
@@ -252,8 +249,6 @@ class Rows:
   close_to: Int32[np.ndarray, "T P"]
   opens_back: Bool[np.ndarray, "T P"]
   back_item: Int32[np.ndarray, "T P"]
-  batch: Int32[np.ndarray, "T P"]
-  updates: Bool[np.ndarray, "T P"]
   sizes: Sizes
 
 
@@ -324,14 +319,9 @@ class _Writer:
     }
 
   def rows(self) -> Rows:
-    ends = batch_ends(self.table.lanes, self.table.batches)
     for tick, device, op in self.table.ops():
       self._write(tick, device, op)
-      batch = bisect.bisect_right(ends, op.item)
-      self.lists["batch"][tick][device] = batch
-    for tick in self.table.updates:
-      self.lists["updates"][tick] = [1] * self.table.placement.devices
-    flags = ("opens", "closes", "opens_back", "updates")
+    flags = ("opens", "closes", "opens_back")
     arrays = {
       name: np.asarray(rows, np.bool_ if name in flags else np.int32)
       for name, rows in self.lists.items()

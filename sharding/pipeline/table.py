@@ -170,8 +170,8 @@ class Table:
     lanes: What runs.
     ticks: For each tick the operation of each device, or `None`.
     batches: Lanes of each batch, where there are several between two flushes.
-    updates: For each batch but the last, the tick at whose end its gradients
-      are complete and the weights change.
+    updates: For each batch the tick at whose end its gradients are complete
+      and the weights change.
   """
 
   name: str
@@ -201,10 +201,12 @@ class Table:
     return orders
 
   def __str__(self) -> str:
-    lanes = ", ".join(map(str, self.lanes.sizes[:8]))
-    more = ", ..." if len(self.lanes.sizes) > 8 else ""
+    sizes = self.lanes.sizes
+    what = f"{len(sizes)} microbatches"
+    if max(sizes) > 1:
+      more = ", ..." if len(sizes) > 8 else ""
+      what = f"lanes of {', '.join(map(str, sizes[:8]))}{more} chunks"
     return (
       f"{self.name}: {self.placement.stages} stages on "
-      f"{self.placement.devices} devices, lanes of {lanes}{more} chunks, "
-      f"{len(self.ticks)} ticks"
+      f"{self.placement.devices} devices, {what}, {len(self.ticks)} ticks"
     )

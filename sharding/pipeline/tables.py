@@ -88,7 +88,11 @@ def gpipe(devices: int, lanes: LanesLike) -> Table:
 
 
 def one_f_one_b(
-  devices: int, lanes: LanesLike, *, aligned: bool = False, ahead: int = 1
+  devices: int,
+  lanes: LanesLike,
+  *,
+  aligned: bool = False,
+  ahead: int | None = None,
 ) -> Table:
   """A backward pass as soon as there can be one: P - s chunks are kept.
 
@@ -98,10 +102,13 @@ def one_f_one_b(
     aligned: Forward passes in even ticks and backward ones in odd ticks, so
       that no device waits in a tick for another's longer operation; about
       twice as many chunks are kept.
-    ahead: Chunks beyond a lane for each stage that is still to come. More than
-      one hides what stages wait for each other between lanes of many chunks.
+    ahead: Chunks beyond a lane for each stage that is still to come; by
+      default one, and two where lanes have several chunks, which hides what
+      stages wait for each other between them.
   """
   lanes = as_lanes(lanes)
+  if ahead is None:
+    ahead = 1 if max(lanes.sizes) == 1 else 2
   placement = Placement.loop(devices)
   lead = [ahead * (devices - 1 - s) for s in range(devices)]
   if aligned:
@@ -167,8 +174,16 @@ def two_bw(devices: int, batches: Sequence[LanesLike]) -> Table:
   Args:
     devices: P.
     batches: What runs between two updates, batch by batch.
+
+  Raises:
+    ValueError: The batches do not keep the same number of chunks alive.
   """
   each = [as_lanes(lanes) for lanes in batches]
+  if len({one.live for one in each}) != 1:
+    raise ValueError(
+      f"live={[one.live for one in each]} must be the same for all batches, of "
+      "which there must be one at least"
+    )
   lanes = Lanes(tuple(size for one in each for size in one.sizes), each[0].live)
   sizes = tuple(len(one.sizes) for one in each)
   placement = Placement.loop(devices)

@@ -1,0 +1,524 @@
+"""PipeDream-2BW: batch after batch through the stages, without a flush.
+
+While a batch runs backward on the first stages, the next one runs forward, with
+the weights that are there: its gradient is that of weights one update old,
+
+    W[t+1] = W[t] + u(gradient of batch t at W[t-1]),        W[-1] = W[0],
+
+where u is what the optimizer adds. Two versions of the weights and of the
+gradients are kept, however many stages there are. A batch's update comes in the
+tick in which its last gradient is complete, on all devices at once, so that the
+norm over all parameters is known and no tick is lost. With a `correction` c the
+step is `u[t] + c * (u[t] - u[t-1])` instead, which takes back a part of what
+the delay does.
+
+Source: PipeDream-2BW (arXiv 2006.09503).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxchunk.chunking import executor
+from jaxchunk.chunking.chunk import Lane
+from jaxchunk.chunking.cost import plan_cost
+from jaxchunk.chunking.executor import Options
+from jaxchunk.chunking.lanes import LaneArrays
+from jaxchunk.chunking.layouts import check_stages
+from jaxchunk.chunking.pipeline import (
+  ROWS,
+  STAGE,
+  Dealt,
+  Static,
+  arena_stage,
+  deal_lanes,
+  local_leaves,
+  place_chunks,
+  place_rows,
+)
+from jaxchunk.chunking.programs import NOWHERE
+from jaxchunk.chunking.stage_ops import ChunkOps, StageState
+from jaxchunk.chunking.totals import SUMMED
+from jaxchunk.chunking.trainable import Subset, widened
+from jaxchunk.chunking.turns import lane_specs, put
+from jaxchunk.kernels.vma import vary_like, varying_axes
+from jaxchunk.models.transformer import Transformer
+from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.pipeline.executor import Row, once, run_table
+from jaxchunk.sharding.pipeline.table import Lanes, Table
+from jaxchunk.sharding.pipeline.tables import two_bw
+from jaxchunk.sharding.pipeline.validate import check_table
+from jaxchunk.types import Example
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Delayed:
+  """How weights change between batches that overlap.
+
+  Attributes:
+    optimizer: Each parameter by itself; no norms over all of them in it.
+    clip_norm: The longest that the gradient of a batch may be, over all
+      parameters; `None` is any.
+    correction: c, of the last change of the update.
+  """
+
+  optimizer: optax.GradientTransformation
+  clip_norm: float | None = None
+  correction: float = 0.0
+
+
+class DelayedState(NamedTuple):
+  """What one call of `delayed_steps` leaves for the next.
+
+  Attributes:
+    model: The weights W[t].
+    previous: W[t-1] of what is trained, in the order of `trainable`.
+    opt_state: Of the optimizer, for lists in that order.
+    last: u[t-1]; zero before the first update.
+    steps: t.
+  """
+
+  model: Transformer
+  previous: list[Array]
+  opt_state: Any
+  last: list[Array]
+  steps: Int[Array, ""]
+
+
+def start_delayed(
+  model: Transformer, options: Options, delayed: Delayed
+) -> DelayedState:
+  """The state before the first batch."""
+  chosen, _ = Subset(options.trainable.chosen).split(model)
+  zeros = [jnp.zeros_like(a) for a in chosen]
+  opt_state = delayed.optimizer.init(chosen)
+  return DelayedState(model, chosen, opt_state, zeros, jnp.zeros((), jnp.int32))
+
+
+def delayed_steps(
+  layout: Layout,
+  state: DelayedState,
+  batches: Sequence[Sequence[Example]],
+  options: Options,
+  delayed: Delayed,
+  *,
+  mesh: Mesh | None = None,
+) -> tuple[DelayedState, Float[Array, " N"]]:
+  """Takes a step for each batch, without waiting between them.
+
+  Args:
+    layout: The stages, and what else devices share.
+    state: From `start_delayed`, or the last call.
+    batches: Sequences of each batch.
+    options: From `make_options`.
+    delayed: How weights change.
+    mesh: From `layout.mesh`; by default of all devices.
+
+  Returns:
+    The state after the last update, and the loss of each batch, at the weights
+    that its gradient was taken at.
+
+  Raises:
+    ValueError: As `check_stages`; or layers are not the same on all stages.
+    NotImplementedError: As `check_stages`.
+  """
+  model = state.model
+  check_stages(layout, model.cfg, options)
+  mesh = layout.mesh() if mesh is None else mesh
+  plan = _plan(layout, model, batches, options)
+  static, _ = Static.of(layout, model, plan.table, options)
+  if not static.staging.as_is:
+    raise ValueError(
+      f"num_layers={model.cfg.num_layers} cannot be dealt out evenly to "
+      f"layout.stage={layout.stage}, which delayed steps need; take a divisor"
+    )
+  whole = Lanes(plan.table.lanes.sizes, options.live_chunks)
+  lane = place_chunks(
+    model, whole, plan.dealt, plan.lanes, options.chunk_size, mesh
+  )
+  rows, ticks = place_rows(plan.table, static, mesh)
+  everywhere = NamedSharding(mesh, NOWHERE)
+  batch_of = np.zeros(lane.tokens.shape[1] // options.chunk_size, np.int32)
+  batch_of[: whole.count] = plan.batch_of
+  updates = np.zeros(rows.shape[0], np.int32)
+  updates[list(plan.table.updates)] = 1 + np.arange(len(batches))
+  wide = np.dtype(jnp.promote_types(model.cfg.dtype, jnp.float32))
+  weights = np.asarray([executor.weight_of(b) for b in batches], wide)
+  numbers = [put(a, everywhere) for a in (batch_of, updates, weights)]
+  parts = _specs(state, options, static, delayed)
+  placed = jax.tree.map(
+    lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)),
+    _arrays(state),
+    parts,
+  )
+  results, losses = _delayed_program(
+    state.model,
+    placed,
+    lane,
+    rows,
+    ticks,
+    *numbers,
+    options=options,
+    mesh=mesh,
+    static=static,
+    delayed=delayed,
+    specs=_Frozen.of(parts),
+  )
+  leaves, previous, opt_state, last, steps = results
+  treedef = jax.tree.structure(model)
+  model = jax.tree.unflatten(treedef, leaves)
+  return DelayedState(model, previous, opt_state, last, steps), losses
+
+
+class _Plan(NamedTuple):
+  """What runs: the table, its lanes, and the batch of each chunk."""
+
+  table: Table
+  dealt: Dealt
+  lanes: list[LaneArrays]
+  batch_of: list[int]
+
+
+def _plan(
+  layout: Layout,
+  model: Transformer,
+  batches: Sequence[Sequence[Example]],
+  options: Options,
+) -> _Plan:
+  dealt: Dealt = []
+  lanes: list[LaneArrays] = []
+  each: list[Lanes] = []
+  for examples in batches:
+    plan, mine = executor.plan_lanes(model, examples, options.chunk_size)
+    costs = plan_cost(
+      model.cfg,
+      plan,
+      live_chunks=options.live_chunks,
+      strategy="chunk_outer",
+    )
+    chunks = [lane.num_chunks for lane in mine]
+    rows, sizes = deal_lanes(layout, costs.lanes, chunks)
+    first = len(lanes)
+    dealt += [
+      tuple(None if n is None else first + n for n in row) for row in rows
+    ]
+    lanes += mine
+    each.append(Lanes(sizes, options.live_chunks))
+  table = two_bw(layout.stage, each)
+  check_table(table)
+  batch_of = [n for n, one in enumerate(each) for _ in range(one.count)]
+  return _Plan(table, dealt, lanes, batch_of)
+
+
+# Weights, W[t-1], the optimizer's state, u[t-1], t.
+_Arrays = tuple[list[Array], list[Array], Any, list[Array], Array]
+
+
+def _arrays(state: DelayedState) -> _Arrays:
+  return (jax.tree.leaves(state.model), *state[1:])
+
+
+def _specs(
+  state: DelayedState, options: Options, static: Static, delayed: Delayed
+) -> Any:
+  """How all that is split: the optimizer's state as its parameters."""
+  count = len(options.trainable.chosen)
+  leaves = [static.shards.spec(n) for n in range(count)]
+  mine = [
+    spec
+    for spec, chosen in zip(leaves, options.trainable.chosen, strict=True)
+    if chosen
+  ]
+  opt_state = optax.tree_utils.tree_map_params(
+    delayed.optimizer,
+    lambda _, spec: spec,
+    state.opt_state,
+    mine,
+    transform_non_params=lambda _: NOWHERE,
+  )
+  return leaves, mine, opt_state, mine, NOWHERE
+
+
+class _Frozen(NamedTuple):
+  """A pytree of specs that a program can be compiled for."""
+
+  leaves: tuple[PartitionSpec, ...]
+  treedef: Any
+
+  @classmethod
+  def of(cls, tree: Any) -> "_Frozen":
+    leaves, treedef = jax.tree.flatten(
+      tree, is_leaf=lambda a: isinstance(a, PartitionSpec)
+    )
+    return cls(tuple(leaves), treedef)
+
+  def tree(self) -> Any:
+    return jax.tree.unflatten(self.treedef, self.leaves)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("options", "mesh", "static", "delayed", "specs"),
+)
+def _delayed_program(
+  model: Transformer,
+  arrays: _Arrays,
+  lane: Lane,
+  rows: Array,
+  ticks: Array,
+  batch_of: Array,
+  updates: Array,
+  weights: Array,
+  *,
+  options: Options,
+  mesh: Mesh,
+  static: Static,
+  delayed: Delayed,
+  specs: _Frozen,
+) -> tuple[_Arrays, Array]:
+  """Runs the batches on every device; the model's own arrays are not used."""
+  stage = arena_stage(options, model.cfg, mesh, static)
+  treedef = jax.tree.structure(model)
+  count = weights.shape[0]
+
+  def local(
+    arrays: _Arrays,
+    lane: Any,
+    rows: Any,
+    ticks: Any,
+    batch_of: Any,
+    updates: Any,
+    weights: Any,
+  ) -> Any:
+    rows = rows[:, 0]
+    leaves, previous, opt_state, last, steps = arrays
+    subset = Subset(options.trainable.chosen)
+    chosen, rebuild = subset.split(leaves)
+
+    def base(version: list[Array], grads: list[Array]) -> ChunkOps:
+      here = local_leaves(rebuild(version), lane, options, static)
+      return ChunkOps(
+        stage,
+        static.staging,
+        jax.tree.unflatten(treedef, here),
+        lane,
+        everywhere=static.everywhere,
+      )
+
+    shape = (*lane.tokens.shape[:1], stage.chunk_size, model.cfg.d_model)
+    message = vary_like(jnp.zeros(shape, model.cfg.dtype), lane, rows)
+    ops = _DelayedOps(base, message, batch_of, weights, delayed)
+    zeros = [
+      jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32)) for a in chosen
+    ]
+    axes = (STAGE, *SUMMED)
+    inner = base(chosen, zeros).init(
+      static.sizes, (jnp.zeros((), weights.dtype), zeros), rows
+    )
+    state = _State(
+      inner._replace(grads=[]),
+      (inner.grads, inner.grads),
+      (previous, chosen),
+      opt_state,
+      last,
+      steps,
+      vary_like(jnp.zeros(count, weights.dtype), inner.loss),
+    )
+    state = run_table(
+      ops,
+      rows,
+      ticks,
+      state,
+      message,
+      inbox=static.sizes.inbox,
+      updates=updates,
+    )
+    new, old = state.versions[::-1] if count % 2 == 0 else state.versions
+    losses = lax.psum(state.losses, (STAGE, *SUMMED)) / weights
+    found = (rebuild(new), old, state.opt_state, state.last, state.steps)
+    return found, losses
+
+  by_lane, _ = lane_specs()
+  parts = specs.tree()
+  run = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(parts, by_lane, ROWS, NOWHERE, NOWHERE, NOWHERE, NOWHERE),
+    out_specs=(parts, NOWHERE),
+    check_vma=True,
+  )
+  result: tuple[_Arrays, Array] = run(
+    arrays, lane, rows, ticks, batch_of, updates, weights
+  )
+  return result
+
+
+class _State(NamedTuple):
+  """On one device; entry n of a pair is of the batches t with t % 2 == n.
+
+  Attributes:
+    inner: Slots and arenas, which all batches share.
+    grads: Of the two batches under way.
+    versions: The weights that they see.
+    opt_state: Of the optimizer.
+    last: The last update.
+    steps: How many there were.
+    losses: Of each batch, this device's part of the sum.
+  """
+
+  inner: StageState
+  grads: tuple[list[Array], list[Array]]
+  versions: tuple[list[Array], list[Array]]
+  opt_state: Any
+  last: list[Array]
+  steps: Int[Array, ""]
+  losses: Float[Array, " N"]
+
+
+class _DelayedOps:
+  """`StageOps` of batches that see different weights."""
+
+  def __init__(
+    self,
+    base: Callable[[list[Array], list[Array]], ChunkOps],
+    message: Array,
+    batch_of: Int[Array, " M"],
+    weights: Float[Array, " N"],
+    delayed: Delayed,
+  ):
+    self.base, self.message = base, message
+    self.batch_of, self.batch_weights = batch_of, weights
+    self.delayed = delayed
+
+  def open(self, state: _State, row: Row) -> Array:
+    def run(ops: ChunkOps, inner: StageState, x: Array) -> Any:
+      return inner, ops.open(inner, row)
+
+    return self._run(state, row.open_item, self.message, run)[1]
+
+  def forward(self, state: _State, x: Array, row: Row) -> tuple[_State, Array]:
+    return self._run(
+      state, row.item, x, lambda ops, inner, x: ops.forward(inner, x, row)
+    )
+
+  def close(self, state: _State, y: Array, row: Row) -> tuple[_State, Array]:
+    before = state.inner.loss
+    state, dy = self._run(
+      state, row.close_item, y, lambda ops, inner, y: ops.close(inner, y, row)
+    )
+    part = state.inner.loss - before
+    losses = state.losses.at[self.batch_of[row.close_item]].add(part)
+    return state._replace(losses=losses), dy
+
+  def backward(
+    self, state: _State, dy: Array, row: Row
+  ) -> tuple[_State, Array]:
+    return self._run(
+      state, row.item, dy, lambda ops, inner, dy: ops.backward(inner, dy, row)
+    )
+
+  def open_back(self, state: _State, dx: Array, row: Row) -> _State:
+    def run(ops: ChunkOps, inner: StageState, dx: Array) -> Any:
+      return ops.open_back(inner, dx, row), dx
+
+    return self._run(state, row.back_item, dx, run)[0]
+
+  def weights(self, state: _State, row: Row) -> _State:
+    raise NotImplementedError("the table has no gradients that wait")
+
+  def _run(
+    self,
+    state: _State,
+    item: Array,
+    x: Array,
+    run: Callable[[ChunkOps, StageState, Array], tuple[StageState, Array]],
+  ) -> tuple[_State, Array]:
+    """With the weights and gradients of the item's batch."""
+    turn = self.batch_of[item] % 2
+    carry = (state.inner, state.grads, vary_like(x, self.message))
+    for n in range(2):
+
+      def with_version(carry: Any, n: int = n) -> Any:
+        inner, grads, x = carry
+        ops = self.base(state.versions[n], grads[n])
+        inner, y = run(ops, inner._replace(grads=grads[n]), x)
+        both = (inner.grads, grads[1]) if n == 0 else (grads[0], inner.grads)
+        return inner._replace(grads=[]), both, y
+
+      carry = once(turn == n, with_version, carry)
+    inner, grads, y = carry
+    return state._replace(inner=inner, grads=grads), y
+
+  def update(self, state: _State, batch: Int[Array, ""]) -> _State:
+    """See `StageOps`; a batch's weights become those of the next but one."""
+    weight = self.batch_weights[batch]
+    for n in range(2):
+
+      def step(state: _State, n: int = n) -> _State:
+        grads = [
+          _over_devices(g, like) / weight
+          for g, like in zip(state.grads[n], state.last, strict=True)
+        ]
+        grads = _clipped(grads, self.delayed.clip_norm)
+        newest = state.versions[1 - n]
+        change: Any
+        change, opt_state = self.delayed.optimizer.update(
+          grads, state.opt_state, newest
+        )
+        whole = self._corrected(state, change)
+        weights = optax.apply_updates(newest, whole)
+        zeros = [jnp.zeros_like(g) for g in state.grads[n]]
+        return state._replace(
+          grads=_with(state.grads, n, zeros),
+          versions=_with(state.versions, n, weights),
+          opt_state=opt_state,
+          last=[
+            u.astype(old.dtype)
+            for u, old in zip(change, state.last, strict=True)
+          ],
+          steps=state.steps + 1,
+        )
+
+      state = once(batch % 2 == n, step, state)
+    return state
+
+  def _corrected(self, state: _State, change: list[Array]) -> list[Array]:
+    """The update, and a part of how it differs from the one before."""
+    factor = jnp.where(state.steps > 0, self.delayed.correction, 0.0)
+    return [
+      u + factor.astype(u.dtype) * (u - old)
+      for u, old in zip(change, state.last, strict=True)
+    ]
+
+
+def _over_devices(g: Array, like: Array) -> Array:
+  """A gradient's sum over the devices that share its parameter."""
+  axes = tuple(sorted(varying_axes(g) - varying_axes(like)))
+  return lax.psum(g, axes) if axes else g
+
+
+def _clipped(grads: list[Array], most: float | None) -> list[Array]:
+  """Gradients scaled so that their norm over all devices is no more."""
+  if most is None:
+    return grads
+  total: Any = 0.0
+  for g in grads:
+    square = jnp.sum(jnp.square(g))
+    axes = tuple(sorted(varying_axes(square)))
+    total += lax.psum(square, axes) if axes else square
+  norm = jnp.sqrt(total)
+  factor = jnp.minimum(1.0, most / jnp.maximum(norm, 1e-30))
+  return [g * factor.astype(g.dtype) for g in grads]
+
+
+def _with(pair: tuple[Any, Any], n: int, item: Any) -> tuple[Any, Any]:
+  return (item, pair[1]) if n == 0 else (pair[0], item)

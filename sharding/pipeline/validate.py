@@ -73,7 +73,7 @@ def _check_op(
     fail("comes behind another forward pass")
   elif kind == "F_keep":
     # Run again: later chunks have to be done with the state.
-    needs += [Op("F_drop", stage, item)]
+    needs += [Op("B", stage, behind)] if more else []
   elif kind == "B":
     needs += [Op("F_keep", stage, item)]
     needs += [Op("B", stage + 1, item)] if stage + 1 < placement.stages else []

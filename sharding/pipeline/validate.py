@@ -1,5 +1,6 @@
 """Proves that a table can run, before it does."""
 
+import itertools
 from collections.abc import Mapping
 
 from jaxchunk.sharding.pipeline.scheduling import batch_ends
@@ -112,14 +113,26 @@ def _check_updates(
   table: Table, done: dict[Op, int], first: dict[tuple[int, int], int]
 ) -> None:
   """Whether weights change behind their gradients and before their use."""
-  if not table.batches:
-    return
-  ends = batch_ends(table.lanes, table.batches)
-  if len(table.updates) != len(ends):
+  batches, updates = table.batches, table.updates
+  if len(updates) != len(batches):
     raise ValueError(
-      f"{len(table.updates)} updates for {len(ends)} batches: there must be "
-      "one for each"
+      f"{len(updates)} updates for {len(batches)} batches: there must be one "
+      "for each"
     )
+  if not batches:
+    return
+  if min(batches) < 1 or sum(batches) != len(table.lanes.sizes):
+    raise ValueError(
+      f"batches of {', '.join(map(str, batches))} lanes are not all "
+      f"{len(table.lanes.sizes)} lanes, at least one each"
+    )
+  bounds = (-1, *updates, len(table.ticks))
+  if any(b <= a for a, b in itertools.pairwise(bounds)):
+    raise ValueError(
+      f"updates at ticks {', '.join(map(str, updates))} must be in order, each "
+      f"at a tick of its own, below {len(table.ticks)}"
+    )
+  ends = batch_ends(table.lanes, batches)
   last: Kind = "W" if table.split else "B"
   for (kind, stage, item), tick in done.items():
     batch = sum(end <= item for end in ends)

@@ -251,3 +251,7 @@ def test_what_is_no_schedule_is_refused():
     build("1f1b", 2, [2, 0])
   with pytest.raises(ValueError, match="live=-1"):
     Lanes((1,), -1)
+  with pytest.raises(ValueError, match=r"live=\[1, None\] of the batches"):
+    tables.two_bw(2, [Lanes((2,), 1), Lanes((2,))])
+  with pytest.raises(ValueError, match="of at least one batch"):
+    tables.two_bw(2, [])

@@ -8,6 +8,7 @@ take one; slots of a device; and seconds to build the table, to prove it legal
 and to lay out its slots. Nothing runs on a device.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -61,11 +62,10 @@ def main(_: list[str]) -> None:
   }
   for what, lanes in whats.items():
     makes: dict[str, Callable[[], Table]] = {
-      name: lambda name=name, lanes=lanes: build(name, devices, lanes)
-      for name in BUILDERS
+      name: functools.partial(build, name, devices, lanes) for name in BUILDERS
     }
-    # Two batches of this size: `chunks` of them in each.
-    makes["two_bw"] = lambda lanes=lanes: two_bw(devices, [lanes, lanes])
+    # Two batches, each as large as that of the others.
+    makes["two_bw"] = functools.partial(two_bw, devices, [lanes, lanes])
     for name, make in makes.items():
       report(
         "pipeline_tables",

@@ -40,18 +40,19 @@ class Device:
 
   def __init__(self, sizes: Sizes):
     self.sizes = sizes
-    self.inbox, self.kept, self.owed, self.state = {}, {}, {}, {}
-    self.cotangent = {slot: frozenset() for slot in range(sizes.cotangent)}
-    # The last chunk that each lane's state was run to.
-    self.reached = {}
+    self.held: dict[str, dict[int, object]] = {store: {} for store in STORES}
+    nothing: frozenset = frozenset()
+    self.held["cotangent"] = dict.fromkeys(range(sizes.cotangent), nothing)
+    self.forwarded: set[tuple[int, int]] = set()
+    self.done: set[tuple[int, int]] = set()
 
-  def put(self, store: str, slot: int, value: tuple) -> None:
+  def put(self, store: str, slot: int, value: object) -> None:
     if not 0 <= slot < getattr(self.sizes, store):
       raise Broken(f"{store} slot {slot} of {value}")
-    getattr(self, store)[slot] = value
+    self.held[store][slot] = value
 
   def want(self, store: str, slot: int, value: object) -> None:
-    found = getattr(self, store).get(slot)
+    found = self.held[store].get(slot)
     if found != value:
       raise Broken(f"{store} slot {slot} has {found}, not {value}")
 
@@ -61,7 +62,12 @@ class Device:
     for n in range(row["index"]):
       self.want("state", at + n, ("state", stage, lane[n]))
     self.put("state", at + row["index"], ("state", stage, item))
-    self.reached[stage, lane] = item
+    if (stage, item) in self.forwarded:
+      # The state goes back to this chunk: later ones must be done with it.
+      for later in lane[row["index"] + 1 :]:
+        if (stage, later) not in self.done:
+          raise Broken(f"chunk {item} runs again before chunk {later} is done")
+    self.forwarded.add((stage, item))
     if row["kept"] != self.sizes.kept:
       self.put("kept", row["kept"], ("kept", stage, item))
     return "x", stage + 1, item
@@ -71,15 +77,14 @@ class Device:
     item = lane[index]
     self.want("inbox", row["source"], ("dy", stage, item))
     self.want("kept", row["kept"], ("kept", stage, item))
-    if self.reached[stage, lane] < item:
-      raise Broken("the state was run again for an earlier chunk")
     at = row["cotangent"]
     for n in range(index + 1):
       self.want("state", row["state"] + n, ("state", stage, lane[n]))
       added = frozenset((stage, later) for later in lane[index + 1 :])
       self.want("cotangent", at + n, added)
       self.put("cotangent", at + n, added | {(stage, item)})
-    self.cotangent[at + index] = frozenset()
+    self.put("cotangent", at + index, frozenset())
+    self.done.add((stage, item))
     if split:
       self.put("owed", row["owed"], ("owed", stage, item))
     return "dy", stage - 1, item
@@ -580,7 +585,7 @@ def mutated_tables(draw):
   if updates:
     ends = tables.batch_ends(table.lanes, table.batches)
     shift = st.sampled_from([0, 0, 0, 1, -1])
-    updates = tables._update_ticks(ticks, ends, devices)
+    updates = tables._update_ticks(tuple(map(tuple, ticks)), ends, devices)
     updates = tuple(tick + draw(shift) for tick in updates)
   return dataclasses.replace(
     table, ticks=tuple(map(tuple, ticks)), updates=updates

@@ -52,7 +52,7 @@ def ways_of(config: Config, model: Transformer) -> dict[str, Options]:
     model,
     chunk_size=size,
     live_chunks=train.live_chunks,
-    strategy=strategy_of(train),
+    strategy=strategy_of(config),
     kv_memory=train.kv_memory,
     implementation=train.implementation,
   )

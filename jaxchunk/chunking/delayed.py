@@ -312,15 +312,13 @@ def _delayed_program(
         jax.tree.unflatten(treedef, here),
         lane,
         everywhere=static.everywhere,
+        drops=static.drops,
       )
 
     shape = (*lane.tokens.shape[:1], stage.chunk_size, model.cfg.d_model)
     message = vary_like(jnp.zeros(shape, model.cfg.dtype), lane, rows)
     ops = _DelayedOps(base, message, batch_of, weights, delayed)
-    zeros = [
-      jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32)) for a in chosen
-    ]
-    axes = (STAGE, *SUMMED)
+    zeros = [jnp.zeros_like(widened(a)) for a in chosen]
     inner = base(chosen, zeros).init(
       static.sizes, (jnp.zeros((), weights.dtype), zeros), rows
     )

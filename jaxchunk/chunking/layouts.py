@@ -9,6 +9,7 @@ from jaxchunk.chunking.memory import Strategy
 from jaxchunk.chunking.routing import has_router_losses
 from jaxchunk.chunking.shards import Shards
 from jaxchunk.chunking.spaco import SpaCO
+from jaxchunk.chunking.staging import Staging
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.sharding.rules import LOGICAL
@@ -41,8 +42,22 @@ def check_stages(layout: Layout, cfg: ModelConfig, options: Options) -> None:
     ValueError: As `check_layout`, or the strategy is another.
     NotImplementedError: As `check_layout`, or routers have losses.
   """
-  strategy = _check_chunks(layout, cfg, options)
-  if strategy != "chunk_outer":
+  check_pipeline(layout, cfg, _check_chunks(layout, cfg, options))
+
+
+def check_pipeline(
+  layout: Layout, cfg: ModelConfig, strategy: Strategy | None
+) -> None:
+  """Whether a model can be cut into the stages of a layout.
+
+  Raises:
+    ValueError: It has too few layers, or the strategy is another than
+      "chunk_outer".
+    NotImplementedError: Its routers have losses.
+  """
+  if layout.stage == 1:
+    return
+  if strategy not in (None, "chunk_outer"):
     raise ValueError(
       f"strategy={strategy!r} does not run over layout.stage={layout.stage}: a "
       "stage has all layers of a chunk at once; take strategy='chunk_outer'"
@@ -53,6 +68,8 @@ def check_stages(layout: Layout, cfg: ModelConfig, options: Options) -> None:
       "tokens before the first backward pass; set moe.balance_loss=0 and "
       "moe.z_loss=0, or use the axes 'expert' and 'data'"
     )
+  placement = layout.pipeline.placement(layout.stage)
+  Staging.of(cfg, placement, layout.pipeline.layers)
 
 
 def _check_chunks(

@@ -191,6 +191,7 @@ class Static(NamedTuple):
     sizes: Slots of a device.
     split: Whether gradients of matrices wait.
     everywhere: Whether embedding and head are over all stages.
+    drops: Whether some forward passes keep nothing.
   """
 
   staging: Staging
@@ -198,22 +199,30 @@ class Static(NamedTuple):
   sizes: Sizes
   split: bool
   everywhere: bool
+  drops: bool
 
   @classmethod
-  def of(
-    cls,
-    layout: Layout,
-    model: Transformer,
-    table: Table,
-    options: Options,
+  def exactly(
+    cls, layout: Layout, model: Transformer, table: Table
   ) -> "tuple[Static, Transformer]":
-    """For a table, and the model stage by stage."""
+    """For a table alone, and the model stage by stage."""
     staging = Staging.of(model.cfg, table.placement, layout.pipeline.layers)
     staged = staging.staged(model)
     shards = Shards.of(staged, layout)
     everywhere = STAGE in layout.rules["vocab"]
-    sizes = _grown((layout, model.cfg, options), sizes_of(table))
-    return cls(staging, shards, sizes, table.split, everywhere), staged
+    drops = not all(table.lanes.kept)
+    sizes = sizes_of(table)
+    static = cls(staging, shards, sizes, table.split, everywhere, drops)
+    return static, staged
+
+  @classmethod
+  def of(
+    cls, layout: Layout, model: Transformer, table: Table, options: Options
+  ) -> "tuple[Static, Transformer]":
+    """For all tables so far."""
+    static, staged = cls.exactly(layout, model, table)
+    key = (layout, model.cfg, options, static.drops)
+    return static._replace(sizes=_grown(key, static.sizes)), staged
 
 
 _SIZES: dict[Any, Sizes] = {}
@@ -305,6 +314,7 @@ def stage_program(
       lane,
       everywhere=static.everywhere,
       split=static.split,
+      drops=static.drops,
       rng=rng,
     )
     totals = jax.tree.map(lambda a: a[0], totals)

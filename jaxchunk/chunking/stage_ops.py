@@ -29,7 +29,7 @@ class StageState(NamedTuple):
   Attributes:
     loss: `sum(weights * nll)` of the chunks whose loss this device computed.
     grads: Accumulators in the order of `trainable`.
-    slots: What backward passes read; one more than there are chunks.
+    slots: What backward passes read.
     owed: What gradients of matrices read besides, if those wait.
     states: Arenas of keys and values.
     cotangents: Arenas of their gradients.
@@ -56,6 +56,7 @@ class ChunkOps:
     lane: All chunks of the batch, in the order of the table's items.
     everywhere: Whether embedding and head are over all stages.
     split: Whether gradients of matrices wait for `W`.
+    drops: Whether some forward passes keep nothing, and need a slot for that.
     rng: Key for dropout.
     axis: The mesh axis of the stages.
   """
@@ -66,6 +67,7 @@ class ChunkOps:
   lane: Lane
   everywhere: bool = False
   split: bool = False
+  drops: bool = True
   rng: PRNGKeyArray | None = None
   axis: str = "stage"
 
@@ -94,11 +96,10 @@ class ChunkOps:
     ids, loss, grads = vary_like((ids, *totals), lane, *like)
     here = self._chunk(ids, 0, jnp.zeros((), jnp.int32))
     here = vary_like(here, lane, *like)
-    slots = stage.init_slots(model, here, sizes.kept + 1)
+    slots = stage.init_slots(model, here, sizes.kept + self.drops)
     owed: split.Owed = ()
     if self.split:
-      count = sizes.owed + 1
-      owed = split.init_owed(stage, model, here, slots, count)
+      owed = split.init_owed(stage, model, here, slots, sizes.owed)
     slots, owed = vary_like((slots, owed), lane, *like)
     states, kv_grads = vary_like(
       (states, tuple(cotangents)), model, lane, *like

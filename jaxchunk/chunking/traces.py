@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxchunk.chunking.chunk import Lane
 from jaxchunk.chunking.executor import Options
 from jaxchunk.chunking.lanes import capacity_chunks
-from jaxchunk.chunking.layouts import check_layout
+from jaxchunk.chunking.layouts import check_layout, check_stages
+from jaxchunk.chunking.pipeline import ROWS, Static, stage_program
 from jaxchunk.chunking.programs import NOWHERE, lane_program, loss_program
 from jaxchunk.chunking.routing import has_router_losses
 from jaxchunk.chunking.shards import Shards
@@ -21,6 +22,9 @@ from jaxchunk.chunking.turns import GROUPS, lane_specs
 from jaxchunk.models.moe import RouterWeights
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.pipeline.executor import Row
+from jaxchunk.sharding.pipeline.table import Lanes
+from jaxchunk.sharding.pipeline.tables import build
 
 
 def trace_over(
@@ -49,6 +53,9 @@ def trace_over(
     NotImplementedError: As `accumulate_over`.
   """
   mesh = layout.mesh() if mesh is None else mesh
+  if layout.stage > 1:
+    chunks = -(-int(capacity) // options.chunk_size)
+    return trace_stages(layout, model, (chunks,), options, mesh=mesh)
   shapes = _Shapes.of(layout, model, capacity, options, mesh)
   router = None
   if model.cfg.moe is not None and has_router_losses(model.cfg):
@@ -71,6 +78,54 @@ def trace_over(
   )
 
 
+def trace_stages(
+  layout: Layout,
+  model: Transformer,
+  lanes: Sequence[int] | Lanes,
+  options: Options,
+  *,
+  mesh: Mesh | None = None,
+) -> jax.stages.Traced:
+  """`trace_over` for stages: a table of lanes of so many chunks.
+
+  Args:
+    layout: The stages and their schedule, and what else devices share.
+    model: The model, real or abstract, with layers as in `Transformer`.
+    lanes: Chunks of each lane of a group.
+    options: From `make_options`; K is its `live_chunks`.
+    mesh: Of the devices to compile for, which need not be there.
+  """
+  check_stages(layout, model.cfg, options)
+  mesh = layout.mesh() if mesh is None else mesh
+  if not isinstance(lanes, Lanes):
+    lanes = Lanes(tuple(lanes), options.live_chunks)
+  table = build(layout.pipeline.schedule, layout.stage, lanes)
+  static, staged = Static.exactly(layout, model, table)
+  if layout.gather == "step":
+    static = static._replace(shards=static.shards.gathered())
+  leaves, treedef = jax.tree.flatten(staged)
+  leaves = [
+    _shape(a.shape, a.dtype, mesh, static.shards.spec(n))
+    for n, a in enumerate(leaves)
+  ]
+  model = jax.tree.unflatten(treedef, leaves)
+  ticks = capacity_chunks(len(table.ticks))
+  rows = _shape((ticks, layout.stage, len(Row._fields)), jnp.int32, mesh, ROWS)
+  groups = math.prod(mesh.shape[axis] for axis in GROUPS)
+  size = (groups, capacity_chunks(lanes.count) * options.chunk_size)
+  return stage_program.trace(
+    model,
+    _lane(model, size, mesh),
+    rows,
+    _shape((), jnp.int32, mesh, NOWHERE),
+    _totals(model, options, mesh, static.shards),
+    None,
+    options=options,
+    mesh=mesh,
+    static=static,
+  )
+
+
 def trace_loss_over(
   layout: Layout,
   model: Transformer,
@@ -80,6 +135,9 @@ def trace_loss_over(
   mesh: Mesh | None = None,
 ) -> jax.stages.Traced:
   """`trace_over` for the program of `loss_sum_over`."""
+  if layout.stage > 1:
+    # The loss is that of the gradient's program.
+    return trace_over(layout, model, capacity, options, mesh=mesh)
   mesh = layout.mesh() if mesh is None else mesh
   shapes = _Shapes.of(layout, model, capacity, options, mesh)
   return loss_program.trace(
@@ -100,8 +158,13 @@ def trace_sums_over(
   mesh: Mesh | None = None,
 ) -> jax.stages.Traced:
   """The program by which `accumulate_over(spread=True)` ends."""
-  check_layout(layout, model.cfg, options)
   mesh = layout.mesh() if mesh is None else mesh
+  if layout.stage > 1:
+    check_stages(layout, model.cfg, options)
+    table = build(layout.pipeline.schedule, layout.stage, layout.stage)
+    _, model = Static.exactly(layout, model, table)
+  else:
+    check_layout(layout, model.cfg, options)
   stored = Shards.of(model, layout)
   shards = stored.gathered() if layout.gather == "step" else stored
   add = added(mesh, options, stored, shards, layout)
@@ -148,21 +211,26 @@ class _Shapes:
     ]
     chunks = capacity_chunks(-(-int(capacity) // options.chunk_size))
     groups = math.prod(mesh.shape[axis] for axis in GROUPS)
-    rows, by_group = lane_specs()
-    wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
-    size = (groups, chunks * options.chunk_size)
-    fields: Any = {
-      field.name: _shape(
-        size, wide if field.name == "weights" else jnp.int32, mesh, rows
-      )
-      for field in dataclasses.fields(Lane)
-    }
+    _, by_group = lane_specs()
     return cls(
       shards,
       jax.tree.unflatten(treedef, leaves),
-      Lane(**fields),
+      _lane(model, (groups, chunks * options.chunk_size), mesh),
       _shape((groups,), jnp.int32, mesh, by_group),
     )
+
+
+def _lane(model: Transformer, size: tuple[int, int], mesh: Mesh) -> Lane:
+  """Lanes of all groups, `[groups, tokens]`."""
+  rows, _ = lane_specs()
+  wide = jnp.promote_types(model.cfg.dtype, jnp.float32)
+  fields: Any = {
+    field.name: _shape(
+      size, wide if field.name == "weights" else jnp.int32, mesh, rows
+    )
+    for field in dataclasses.fields(Lane)
+  }
+  return Lane(**fields)
 
 
 def _shape(

@@ -13,7 +13,11 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from jaxchunk.chunking.layouts import check_experts, check_heads
+from jaxchunk.chunking.layouts import (
+  check_experts,
+  check_heads,
+  check_pipeline,
+)
 from jaxchunk.chunking.memory import MemorySpace, Strategy
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data import config as data_config
@@ -21,7 +25,8 @@ from jaxchunk.data.config import DataConfig
 from jaxchunk.kernels.attention.backends import Backend
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.sharding.mesh import Layout
-from jaxchunk.sharding.rules import Rules
+from jaxchunk.sharding.pipeline.tables import Pipeline, Schedule
+from jaxchunk.sharding.rules import AXES, Rules
 
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "muon"]
 ScheduleName = Literal["cosine", "wsd"]
@@ -135,6 +140,7 @@ class LayoutConfig:
   """Which devices do what; see `jaxchunk.sharding.mesh.Layout`.
 
   Attributes:
+    stage: Pipeline stages: each has a part of the layers.
     data: Groups of devices with lanes of their own and all parameters.
     fsdp: Groups with lanes of their own that share the parameters.
     expert: Groups with lanes of their own that share the experts.
@@ -147,8 +153,13 @@ class LayoutConfig:
       a "step".
     slices: TPU slices, or hosts of GPUs, joined by a slower network.
     slices_over: The axis that spans them.
+    schedule: How stages take turns, a name of
+      `jaxchunk.sharding.pipeline.tables.BUILDERS`.
+    vocab_over_stages: Whether embedding and head are over all stages, rather
+      than on the first and the last.
   """
 
+  stage: int = 1
   data: int = 1
   fsdp: int = 1
   expert: int = 1
@@ -157,7 +168,9 @@ class LayoutConfig:
   fsdp_over_context: bool = False
   gather: Literal["layer", "step"] = "layer"
   slices: int = 1
-  slices_over: Literal["data", "fsdp"] = "data"
+  slices_over: Literal["stage", "data", "fsdp"] = "data"
+  schedule: Schedule = "1f1b"
+  vocab_over_stages: bool = False
 
   def layout(self) -> Layout | None:
     """The layout; `None` for one device.
@@ -166,10 +179,13 @@ class LayoutConfig:
       ValueError: A size is impossible.
     """
     sizes = dataclasses.asdict(self)
-    rules = None
+    rules = {}
     if sizes.pop("fsdp_over_context"):
-      rules = {"embed": ("fsdp", "context")}
-    layout = Layout(**sizes, rules=Rules(rules))
+      rules["embed"] = ("fsdp", "context")
+    if sizes.pop("vocab_over_stages"):
+      rules["vocab"] = ("stage", "tensor")
+    pipeline = Pipeline(schedule=sizes.pop("schedule"))
+    layout = Layout(**sizes, rules=Rules(rules), pipeline=pipeline)
     return None if layout.num_devices == 1 else layout
 
 
@@ -243,7 +259,7 @@ def validate(config: Config) -> None:
 
 
 def _validate_layout(config: Config) -> None:
-  for name in ("data", "fsdp", "expert", "context", "tensor", "slices"):
+  for name in (*AXES, "slices"):
     value = getattr(config.layout, name)
     _check(f"layout.{name}", value, value >= 1, "at least 1")
   try:
@@ -255,6 +271,7 @@ def _validate_layout(config: Config) -> None:
   try:
     check_heads(layout, config.model)
     check_experts(layout, config.model)
+    check_pipeline(layout, config.model, config.train.strategy)
   except (ValueError, NotImplementedError) as error:
     raise ConfigError(str(error)) from error
   size, devices = config.train.chunk_size, config.layout.context
@@ -375,9 +392,14 @@ def _validate_spaco(train: TrainConfig) -> None:
     )
 
 
-def strategy_of(train: TrainConfig) -> Strategy | SpaCO | None:
+def strategy_of(config: Config) -> Strategy | SpaCO | None:
   """The strategy as the executor takes it."""
-  return train.strategy if train.spaco_rate is None else SpaCO(train.spaco_rate)
+  train = config.train
+  if train.spaco_rate is not None:
+    return SpaCO(train.spaco_rate)
+  if config.layout.stage > 1:
+    return "chunk_outer"
+  return train.strategy
 
 
 def _check(field: str, value: Any, fits: bool, rule: str) -> None:

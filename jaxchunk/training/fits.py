@@ -140,7 +140,7 @@ def lane_need(config: Config, target: Target, capacity: int) -> Need:
       capacity=capacity,
       chunk_size=train.chunk_size,
       live_chunks=train.live_chunks,
-      strategy=strategy_of(train),
+      strategy=strategy_of(config),
       trainable=initial.trainable(config.model),
       implementation=train.implementation,
       kv_memory=train.kv_memory,
@@ -185,7 +185,7 @@ def sums_need(config: Config, target: Target) -> Need:
   options = make_options(
     model,
     chunk_size=train.chunk_size,
-    strategy=strategy_of(train),
+    strategy=strategy_of(config),
     trainable=initial.trainable(config.model),
   )
   with tracing_for(target.device):

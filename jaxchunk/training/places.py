@@ -13,7 +13,7 @@ from jax.sharding import (
   Sharding,
 )
 
-from jaxchunk.chunking.shards import Shards
+from jaxchunk.chunking.pipeline import stored_shards
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.training import initial
@@ -70,7 +70,7 @@ def places_of(
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     same = jax.tree.map(lambda _: one, params)
     return Places(one, same, same, jax.tree.map(lambda _: one, frozen))
-  shards = Shards.of(model, layout)
+  shards = stored_shards(layout, model)
   paths = nnx.to_flat_state(nnx.state(model)).paths
   specs = {path: shards.spec(n) for n, path in enumerate(paths)}
 

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from jaxchunk.chunking.cost import active_parameters
 from jaxchunk.chunking.executor import Options, choose_strategy, make_options
-from jaxchunk.chunking.memory import memory_by_length
+from jaxchunk.chunking.memory import Strategy, memory_by_length
+from jaxchunk.chunking.pipeline import stored_shards
 from jaxchunk.chunking.plan import ChunkPlan
-from jaxchunk.chunking.shards import Shards
+from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data.accounting import KEPT, Accounting
 from jaxchunk.data.corpus import (
   Corpus,
@@ -168,7 +169,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     nnx.merge(graphdef, nnx.State(params), nnx.State(frozen)),
     chunk_size=config.train.chunk_size,
     live_chunks=config.train.live_chunks,
-    strategy=config_lib.strategy_of(config.train),
+    strategy=config_lib.strategy_of(config),
     trainable=initial.trainable(config.model),
     kv_memory=config.train.kv_memory,
     implementation=config.train.implementation,
@@ -205,7 +206,7 @@ def _say_layout(config: Config, model: Transformer, options: Options) -> None:
   if layout is None:
     return
   say(layout.table())
-  shards = Shards.of(model, layout)
+  shards = stored_shards(layout, model)
   if not shards.gathers:
     return
   sizes = shards.gathered_bytes(model, options.trainable, layout)
@@ -374,11 +375,14 @@ def report_info(run: Run, total: Accounting) -> info.RunInfo:
   picture = None
   if run.busiest is not None:
     step, plan = run.busiest
-    strategy = train.strategy or choose_strategy(cfg, train.live_chunks)
+    chosen = config_lib.strategy_of(run.config)
     live, drawn = train.live_chunks, ""
-    if train.spaco_rate is not None:
+    strategy: Strategy
+    if isinstance(chosen, SpaCO):
       strategy, live = "chunk_outer", 0
       drawn = f" (SpaCO at {train.spaco_rate:g} runs part of B; all are drawn)"
+    else:
+      strategy = chosen or choose_strategy(cfg, train.live_chunks)
     picture = schedule.of_plan(
       f"Step {step}: {plan.num_chunks} chunks of {train.chunk_size:,} tokens "
       f"in {len(plan.lanes)} lane{'s' if len(plan.lanes) > 1 else ''}, "

@@ -116,7 +116,7 @@ class Lanes:
     if self.live is not None and self.live < 0:
       raise ValueError(f"live={self.live} must be 0 or more, or None for all")
 
-  @property
+  @functools.cached_property
   def count(self) -> int:
     """Number of chunks."""
     return sum(self.sizes)

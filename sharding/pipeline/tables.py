@@ -65,6 +65,10 @@ class Pipeline:
         f"pipeline.schedule={self.schedule!r} is not one of {list(BUILDERS)}"
       )
 
+  def placement(self, devices: int) -> Placement:
+    """Where the schedule has its virtual stages."""
+    return build(self.schedule, devices, devices).placement
+
 
 def as_lanes(lanes: Lanes | Sequence[int] | int) -> Lanes:
   """Lanes from their sizes, or from a number of microbatches."""
@@ -122,7 +126,7 @@ def interleaved(devices: int, lanes: LanesLike, *, parts: int = 2) -> Table:
   """1F1B with several virtual stages a device: 1/parts of its bubble."""
   lanes = as_lanes(lanes)
   placement = Placement.loop(devices, parts)
-  if _single(lanes) and lanes.count % devices == 0:
+  if _single(lanes):
     orders = [
       _interleaved_order(device, devices, parts, lanes.count)
       for device in range(devices)
@@ -236,7 +240,11 @@ def _most_kept(lanes: Lanes) -> int:
 def _interleaved_order(
   device: int, devices: int, parts: int, count: int
 ) -> list[Op]:
-  """In turns of `devices` chunks through one part of the device."""
+  """In turns of `devices` chunks through one part of the device.
+
+  Of a last turn with fewer chunks those that are missing are left out.
+  """
+  full = -(-count // devices) * devices
 
   def op(number: int, kind: Literal["F_keep", "B"]) -> Op:
     part = number % (devices * parts) // devices
@@ -245,12 +253,13 @@ def _interleaved_order(
     item = number // (devices * parts) * devices + number % devices
     return Op(kind, part * devices + device, item)
 
-  total = count * parts
+  total = full * parts
   warm = min(total, 2 * (devices - device - 1) + (parts - 1) * devices)
   order = [op(n, "F_keep") for n in range(warm)]
   for n in range(total - warm):
     order += [op(warm + n, "F_keep"), op(n, "B")]
-  return order + [op(n, "B") for n in range(total - warm, total)]
+  order += [op(n, "B") for n in range(total - warm, total)]
+  return [op for op in order if op.item < count]
 
 
 def _zb_h1_order(stage: int, devices: int, count: int) -> list[Op]:

@@ -128,9 +128,9 @@ def test_what_cannot_go_with_host_memory(config, memory, field, value):
 def test_a_rate_becomes_a_strategy(config):
   config.train.spaco_rate, config.train.live_chunks = 0.25, 0
   config_lib.validate(config)
-  assert config_lib.strategy_of(config.train) == SpaCO(0.25)
+  assert config_lib.strategy_of(config) == SpaCO(0.25)
   config.train.spaco_rate = None
-  assert config_lib.strategy_of(config.train) == config.train.strategy
+  assert config_lib.strategy_of(config) == config.train.strategy
 
 
 def test_validation_wants_a_config():

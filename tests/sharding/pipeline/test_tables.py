@@ -251,7 +251,7 @@ def test_what_is_no_schedule_is_refused():
     build("1f1b", 2, [2, 0])
   with pytest.raises(ValueError, match="live=-1"):
     Lanes((1,), -1)
-  with pytest.raises(ValueError, match=r"live=\[1, None\] of the batches"):
+  with pytest.raises(ValueError, match=r"live=\[1, None\] must be the same"):
     tables.two_bw(2, [Lanes((2,), 1), Lanes((2,))])
-  with pytest.raises(ValueError, match="of at least one batch"):
+  with pytest.raises(ValueError, match="there must be one at least"):
     tables.two_bw(2, [])

@@ -57,14 +57,14 @@ class Device:
       raise Broken(f"{store} slot {slot} has {found}, not {value}")
 
   def forward(self, stage: int, lane: range, row: dict) -> tuple:
-    item, at = lane[row["index"]], row["state"]
+    item, at = lane[row["place"]], row["state"]
     self.want("inbox", row["source"], ("x", stage, item))
-    for n in range(row["index"]):
+    for n in range(row["place"]):
       self.want("state", at + n, ("state", stage, lane[n]))
-    self.put("state", at + row["index"], ("state", stage, item))
+    self.put("state", at + row["place"], ("state", stage, item))
     if (stage, item) in self.forwarded:
       # The state goes back to this chunk: later ones must be done with it.
-      for later in lane[row["index"] + 1 :]:
+      for later in lane[row["place"] + 1 :]:
         if (stage, later) not in self.done:
           raise Broken(f"chunk {item} runs again before chunk {later} is done")
     self.forwarded.add((stage, item))
@@ -73,7 +73,7 @@ class Device:
     return "x", stage + 1, item
 
   def backward(self, stage: int, lane: range, row: dict, split: bool) -> tuple:
-    index = row["index"]
+    index = row["place"]
     item = lane[index]
     self.want("inbox", row["source"], ("dy", stage, item))
     self.want("kept", row["kept"], ("kept", stage, item))
@@ -102,9 +102,11 @@ class Weights:
     counts = batches or (len(lanes.sizes),)
     chunks = [sum(next(sizes) for _ in range(n)) for n in counts]
     self.left = [each * n for n in chunks]
+    self.batch_of = [batch for batch, n in enumerate(chunks) for _ in range(n)]
     self.version = 0
 
-  def used(self, batch: int, ends: bool) -> None:
+  def used(self, item: int, ends: bool) -> None:
+    batch = self.batch_of[item]
     if max(batch - 1, 0) not in (self.version, self.version - 1):
       raise Broken(f"batch {batch} with the weights of {self.version} updates")
     self.left[batch] -= ends
@@ -136,6 +138,7 @@ def execute(
   *,
   everywhere: bool = False,
   batches: tuple[int, ...] = (),
+  updates: tuple[int, ...] = (),
 ) -> None:
   """Runs a table's arrays on names.
 
@@ -156,8 +159,10 @@ def execute(
       if opens["kind"] != 1 or opens["stage"]:
         raise Broken("opens what is no input")
       device = devices[placement.device_of[0]]
-      device.put("inbox", opens["source"], ("x", 0, opens["item"]))
-      done["opens", opens["item"]] += 1
+      item = opens["open_item"]
+      device.put("inbox", opens["open_to"], ("x", 0, item))
+      done["opens", item] += 1
+      same_item(now, "open_item", item, everywhere)
     messages: list = [None] * count
     for at, (device, row) in enumerate(zip(devices, now, strict=True)):
       kind, stage, item = row["kind"], row["stage"], row["item"]
@@ -168,9 +173,9 @@ def execute(
       if placement.stages_of[at][row["part"]] != stage:
         raise Broken(f"part {row['part']} is not stage {stage}")
       lane = lane_of(lanes, item)
-      if lane[row["index"]] != item:
+      if lane[row["place"]] != item:
         raise Broken(f"chunk {item} is not {row['index']} of its lane")
-      weights.used(row["batch"], kind == (3 if split else 2))
+      weights.used(item, kind == (3 if split else 2))
       drops = kind == 1 and row["kept"] == rows.sizes.kept
       if drops and done[1, stage, item]:
         raise Broken(f"chunk {item} dropped behind its kept pass")
@@ -179,25 +184,33 @@ def execute(
         messages[at] = device.forward(stage, lane, row)
       elif kind == 2:
         messages[at] = device.backward(stage, lane, row, split)
-        if stage == 0:
-          done["opens_back", item] += opens_back is row
+        if stage == 0 and opens_back is row:
+          done["opens_back", row["back_item"]] += 1
+          same_item(now, "back_item", row["back_item"], everywhere)
       else:
         device.weights(stage, item, row)
     if closes is not None:
       if closes["kind"] != 1 or closes["stage"] != top:
         raise Broken("closes what is no output")
       device = devices[placement.device_of[-1]]
-      item = closes["item"]
+      item = closes["close_item"]
+      if item != closes["item"]:
+        raise Broken(f"closes {item} behind another chunk")
+      same_item(now, "close_item", item, everywhere)
       device.put("inbox", closes["close_to"], ("dy", top, item))
       done["closes", item] += 1
     deliver(devices, now, messages)
-    if any(row["updates"] for row in now):
-      if not all(row["updates"] for row in now):
-        raise Broken("an update of some devices only")
+    if tick in updates:
       weights.update()
   check_done(done, placement, lanes, split)
   if batches and weights.version != len(batches):
     raise Broken("an update is missing")
+
+
+def same_item(now: list[dict], name: str, item: int, everywhere: bool) -> None:
+  """All devices must know the chunk of what all of them do."""
+  if everywhere and any(row[name] != item for row in now):
+    raise Broken(f"{name} is not {item} on all devices")
 
 
 def flag_of(
@@ -251,6 +264,7 @@ def run(table: Table, *, everywhere: bool = False) -> None:
     table.lanes,
     everywhere=everywhere,
     batches=table.batches,
+    updates=table.updates,
   )
 
 
@@ -318,10 +332,13 @@ def read_entries(rows: Rows) -> dict[str, np.ndarray]:
   passes, split = some & ~weights, bool(weights.any())
   spare = rows.sizes.inbox
   return {
-    # An input that is made here is written and read by the same entry.
-    "source": passes & ~rows.opens,
+    "source": passes,
+    "open_item": rows.opens,
+    "open_to": rows.opens,
+    "close_item": rows.closes,
+    "back_item": rows.opens_back,
     "item": passes,
-    "index": passes,
+    "place": passes,
     "kept": some,
     "owed": some & ~forward & split,
     "state": passes,
@@ -653,7 +670,13 @@ def test_places_that_are_accepted_run(data):
 
   def runs():
     rows = slots._Writer(table, places, sizes, False).rows()
-    execute(rows, table.placement, table.lanes, batches=table.batches)
+    execute(
+      rows,
+      table.placement,
+      table.lanes,
+      batches=table.batches,
+      updates=table.updates,
+    )
 
   accepted = legal(check_places, table, places)
   if store in ("state", "cotangent"):

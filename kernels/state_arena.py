@@ -10,8 +10,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from jaxchunk.kernels.attention import tables
@@ -26,8 +24,8 @@ class KVArena(KVPrefix):
 
   A chunk's `ChunkPlace` says where it lies in the arena (`start`) and in that
   of the gradients (`cotangent_start`), both multiples of the chunk size;
-  `lane_segment_ids` are of the whole arena, and differ between lanes. Rows of
-  the gradients are zero until a lane comes and again when it has gone.
+  `lane_segment_ids` are of the whole arena, and differ between lanes. A lane's
+  rows of the gradients are to be zero before its last chunk's backward pass.
 
   Attributes:
     window: Number of keys that a token sees, itself included; `None` is all.
@@ -57,25 +55,6 @@ class KVArena(KVPrefix):
     del state, cotangent
     return place.start - own_rows(place)
 
-  def attend_bwd(
-    self,
-    state: Arrays,
-    cotangent: Arrays,
-    layer: Any,
-    place: ChunkPlace,
-    q: Array,
-    k: Array,
-    v: Array,
-    o: Array,
-    residual: Arrays,
-    do: Array,
-  ) -> tuple[tuple[Array, Array, Array], Arrays]:
-    """See `SequenceState`; the chunk's own rows are zero afterwards."""
-    gradients, cotangent = super().attend_bwd(
-      state, cotangent, layer, place, q, k, v, o, residual, do
-    )
-    return gradients, cleared(cotangent, layer, place, self.chunk_size)
-
 
 def aligned_blocks(state: KVPrefix) -> BlockSizes:
   """Blocks of "xla" that divide the chunk."""
@@ -91,17 +70,3 @@ def own_rows(place: ChunkPlace) -> Array:
   if place.cotangent_start is None:
     return place.start
   return place.cotangent_start
-
-
-def cleared(
-  cotangent: Arrays, layer: Any, place: ChunkPlace, size: int
-) -> Arrays:
-  """With the chunk's own rows of a layer zero."""
-  start = own_rows(place)
-  at = [jnp.asarray(n, jnp.int32) for n in (layer, 0, 0, start, 0)]
-
-  def clear(g: Array) -> Array:
-    zeros = jnp.zeros((1, *g.shape[1:3], size, g.shape[4]), g.dtype)
-    return lax.dynamic_update_slice(g, zeros, at)
-
-  return tuple(clear(g) for g in cotangent)

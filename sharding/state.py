@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxchunk.kernels.attention.backends import passes
 from jaxchunk.kernels.attention.mask import AttentionMask
 from jaxchunk.kernels.state import Arrays, ChunkPlace, KVPrefix
-from jaxchunk.kernels.state_arena import cleared, own_rows
+from jaxchunk.kernels.state_arena import own_rows
 from jaxchunk.kernels.vma import vary_like
 
 
@@ -109,8 +109,6 @@ class KVContext(KVPrefix):
     start = own_rows(place)
     at = [jnp.asarray(n, jnp.int32) for n in (layer, 0, 0, start, 0)]
     dk, dv = (lax.dynamic_slice(g, at, (1, *k.shape))[0] for g in cotangent)
-    if place.cotangent_start is not None:
-      cotangent = cleared(cotangent, layer, place, self.chunk_size)
     return (dq, dk.astype(k.dtype), dv.astype(v.dtype)), cotangent
 
   def _gathered(self, place: ChunkPlace, q: Array, *more: Array) -> _Visitors:

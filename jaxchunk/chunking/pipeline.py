@@ -36,10 +36,10 @@ from jaxchunk.kernels.vma import vary, vary_like
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
-from jaxchunk.sharding.pipeline.executor import run_table, stacked
+from jaxchunk.sharding.pipeline.executor import StageOps, run_table, stacked
+from jaxchunk.sharding.pipeline.measure import Clock, TimedOps
 from jaxchunk.sharding.pipeline.slots import Sizes, rows_of, sizes_of
 from jaxchunk.sharding.pipeline.table import Lanes, Table
-from jaxchunk.sharding.pipeline.tables import build
 from jaxchunk.sharding.pipeline.validate import check_table
 from jaxchunk.sharding.rules import Rules
 from jaxchunk.sharding.state import KVContext
@@ -89,6 +89,7 @@ def accumulate_stages(
   mesh: Mesh | None = None,
   rng: PRNGKeyArray | None = None,
   spread: bool = False,
+  clock: Clock | None = None,
 ) -> Sums:
   """`parallel.accumulate_over` for a layout with several stages.
 
@@ -100,6 +101,7 @@ def accumulate_stages(
     mesh: From `layout.mesh`; by default of all devices.
     rng: As in `accumulate`.
     spread: As in `accumulate_over`.
+    clock: Is told when operations run; see `sharding.pipeline.measure`.
 
   Raises:
     ValueError: As `check_stages`, or there are fewer layers than stages.
@@ -117,7 +119,7 @@ def accumulate_stages(
   chunks = [lane.num_chunks for lane in lanes]
   dealt, sizes = deal_lanes(layout, costs.lanes, chunks)
   whole = Lanes(sizes, options.live_chunks)
-  table = build(layout.pipeline.schedule, layout.stage, whole)
+  table = layout.pipeline.table(layout.stage, whole)
   check_table(table)
   ready = _Ready.of(layout, model, table, options, mesh)
   lane = place_chunks(model, whole, dealt, lanes, options.chunk_size, mesh)
@@ -133,6 +135,7 @@ def accumulate_stages(
     options=options,
     mesh=mesh,
     static=ready.static,
+    clock=clock,
   )
   add = added(
     mesh, options, ready.stored, ready.shards, layout if spread else None
@@ -269,7 +272,7 @@ class _Ready(NamedTuple):
 
 @functools.partial(
   jax.jit,
-  static_argnames=("options", "mesh", "static"),
+  static_argnames=("options", "mesh", "static", "clock"),
   donate_argnames=("totals",),
 )
 def stage_program(
@@ -283,6 +286,7 @@ def stage_program(
   options: Options,
   mesh: Mesh,
   static: Static,
+  clock: Clock | None = None,
 ) -> Any:
   """Runs a table for every group, and adds to the totals of its devices.
 
@@ -296,6 +300,7 @@ def stage_program(
     options: What runs.
     mesh: Where.
     static: How.
+    clock: Who is told when operations begin and end.
   """
   stage = arena_stage(options, model.cfg, mesh, static)
   leaves, treedef = jax.tree.flatten(model)
@@ -319,10 +324,14 @@ def stage_program(
     )
     totals = jax.tree.map(lambda a: a[0], totals)
     state = ops.init(static.sizes, totals, rows)
+    timed: StageOps = ops
+    if clock is not None:
+      others = tuple(name for name in mesh.axis_names if name != STAGE)
+      timed = TimedOps(ops, clock, STAGE, others)
     shape = (*lane.tokens.shape[:1], stage.chunk_size, model.cfg.d_model)
     message = vary_like(jnp.zeros(shape, model.cfg.dtype), lane, rows)
     state = run_table(
-      ops,
+      timed,
       rows,
       ticks,
       state,

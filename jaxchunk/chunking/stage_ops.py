@@ -8,6 +8,7 @@ under way, and gradients are added up at once.
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -156,8 +157,9 @@ class ChunkOps:
     """See `StageOps`."""
     chunk = self._placed(state.ids, row)
     span = self.staging.span(row.stage)
+    cotangents = self._cleared(state.cotangents, row)
     before = (
-      *(self.model, span, chunk, dy, state.states, state.cotangents),
+      *(self.model, span, chunk, dy, state.states, cotangents),
       *(state.slots, row.kept, state.grads),
     )
     owed = state.owed
@@ -200,6 +202,22 @@ class ChunkOps:
     raise NotImplementedError(
       "ChunkOps runs one batch; see chunking/delayed.py"
     )
+
+  def _cleared(self, cotangents: States, row: Row) -> States:
+    """With zeros where a lane begins its backward pass."""
+    size = self.stage.chunk_size
+
+    def clear(number: Any, cotangents: States) -> States:
+      start = (row.cotangent + number) * size
+
+      def one(g: Array) -> Array:
+        shape = (*g.shape[:3], size, g.shape[4])
+        zeros = vary_like(jnp.zeros(shape, g.dtype), g)
+        return lax.dynamic_update_slice_in_dim(g, zeros, start, 3)
+
+      return jax.tree.map(one, cotangents)
+
+    return lax.fori_loop(0, row.fresh, clear, cotangents)
 
   def _from_device(self, x: Array, device: int) -> tuple[Array, Array]:
     """What one device of the axis has, on all; and whether this is it."""

@@ -24,7 +24,6 @@ from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.sharding.pipeline.executor import Row
 from jaxchunk.sharding.pipeline.table import Lanes
-from jaxchunk.sharding.pipeline.tables import build
 
 
 def trace_over(
@@ -99,7 +98,7 @@ def trace_stages(
   mesh = layout.mesh() if mesh is None else mesh
   if not isinstance(lanes, Lanes):
     lanes = Lanes(tuple(lanes), options.live_chunks)
-  table = build(layout.pipeline.schedule, layout.stage, lanes)
+  table = layout.pipeline.table(layout.stage, lanes)
   static, staged = Static.exactly(layout, model, table)
   if layout.gather == "step":
     static = static._replace(shards=static.shards.gathered())
@@ -161,7 +160,7 @@ def trace_sums_over(
   mesh = layout.mesh() if mesh is None else mesh
   if layout.stage > 1:
     check_stages(layout, model.cfg, options)
-    table = build(layout.pipeline.schedule, layout.stage, layout.stage)
+    table = layout.pipeline.table(layout.stage, layout.stage)
     _, model = Static.exactly(layout, model, table)
   else:
     check_layout(layout, model.cfg, options)

@@ -42,6 +42,7 @@ class Row(NamedTuple):
   owed: Int[Array, ""]
   state: Int[Array, ""]
   cotangent: Int[Array, ""]
+  fresh: Int[Array, ""]
   from_above: Int[Array, ""]
   from_below: Int[Array, ""]
   from_self: Int[Array, ""]
@@ -150,13 +151,16 @@ def run_table(
     def open_first(box: Array) -> Array:
       return _put(box, ops.open(state, row), row.open_to)
 
+    box = once(row.opens, open_first, box)
+    # Out here: loops that hold the box would have it copied.
+    came = lax.dynamic_index_in_dim(box, row.source, 0, keepdims=False)
+
     def forward(carry: Any) -> Any:
-      return ops.forward(carry[0], _take(box, row.source), row)
+      return ops.forward(carry[0], came, row)
 
     def backward(carry: Any) -> Any:
-      return ops.backward(carry[0], _take(box, row.source), row)
+      return ops.backward(carry[0], came, row)
 
-    box = once(row.opens, open_first, box)
     state, sent = once(row.kind == 1, forward, (state, message))
 
     def close(carry: tuple[State, Array]) -> tuple[State, Array]:
@@ -202,10 +206,6 @@ def once(
     return jax.tree.map(vary_like, new, carry)
 
   return lax.fori_loop(0, jnp.asarray(flag, jnp.int32), body, carry)
-
-
-def _take(box: Array, slot: Array) -> Array:
-  return lax.dynamic_index_in_dim(box, slot, 0, keepdims=False)
 
 
 def _put(box: Array, value: Array, slot: Array) -> Array:

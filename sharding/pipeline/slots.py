@@ -213,6 +213,8 @@ class Rows:
     owed: Of what `W` reads.
     state: Where the lane's chunks begin in the arena of the state.
     cotangent: Where they begin in that of its cotangent.
+    fresh: For the first `B` of a lane how many chunks there, which hold what
+      another lane left; else 0.
     from_above: In the inbox, where what the device before sends goes at the
       end of the tick.
     from_below: Where what the device behind sends goes.
@@ -238,6 +240,7 @@ class Rows:
   owed: Int32[np.ndarray, "T P"]
   state: Int32[np.ndarray, "T P"]
   cotangent: Int32[np.ndarray, "T P"]
+  fresh: Int32[np.ndarray, "T P"]
   from_above: Int32[np.ndarray, "T P"]
   from_below: Int32[np.ndarray, "T P"]
   from_self: Int32[np.ndarray, "T P"]
@@ -343,6 +346,8 @@ class _Writer:
       "state": self.at["state"][state],
       "cotangent": self.at["cotangent"][state],
     }
+    if kind == "B" and item == lanes.end(lane) - 1:
+      values["fresh"] = lanes.sizes[lane]
     if kind != "W":
       source = ("F" if forward else "B", stage, item)
       values["source"] = self.at["inbox"][source]

@@ -65,9 +65,13 @@ class Pipeline:
         f"pipeline.schedule={self.schedule!r} is not one of {list(BUILDERS)}"
       )
 
+  def table(self, devices: int, lanes: "LanesLike") -> Table:
+    """The schedule of some lanes on so many stages."""
+    return build(self.schedule, devices, lanes)
+
   def placement(self, devices: int) -> Placement:
     """Where the schedule has its virtual stages."""
-    return build(self.schedule, devices, devices).placement
+    return self.table(devices, devices).placement
 
 
 def as_lanes(lanes: Lanes | Sequence[int] | int) -> Lanes:

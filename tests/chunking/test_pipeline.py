@@ -212,6 +212,7 @@ def test_layers_find_their_stage_and_the_way_back(layers):
 def test_what_cannot_run_says_why(layout, options, error, message):
   model = build(_SMALL, "float32")
   mesh = layout.mesh(jax.devices()[: layout.num_devices])
+  options = {"strategy": "chunk_outer", **options}
   options = executor.make_options(model, chunk_size=16, **options)
   examples = Batch.of(make_batch(_LONG)).examples()
   with pytest.raises(error, match=message):

@@ -78,12 +78,13 @@ class Device:
     self.want("inbox", row["source"], ("dy", stage, item))
     self.want("kept", row["kept"], ("kept", stage, item))
     at = row["cotangent"]
+    for n in range(row["fresh"]):
+      self.put("cotangent", at + n, frozenset())
     for n in range(index + 1):
       self.want("state", row["state"] + n, ("state", stage, lane[n]))
       added = frozenset((stage, later) for later in lane[index + 1 :])
       self.want("cotangent", at + n, added)
       self.put("cotangent", at + n, added | {(stage, item)})
-    self.put("cotangent", at + index, frozenset())
     self.done.add((stage, item))
     if split:
       self.put("owed", row["owed"], ("owed", stage, item))
@@ -343,6 +344,7 @@ def read_entries(rows: Rows) -> dict[str, np.ndarray]:
     "owed": some & ~forward & split,
     "state": passes,
     "cotangent": passes & ~forward,
+    "fresh": passes & ~forward,
     "from_above": rows.from_above != spare,
     "from_below": rows.from_below != spare,
     "from_self": rows.from_self != spare,

@@ -39,7 +39,8 @@ def trace_over(
   Args:
     layout: As in `accumulate_over`.
     model: The model, real or abstract.
-    capacity: Tokens of each lane; rounded up to a power of two of chunks.
+    capacity: Tokens of each lane; rounded up to a power of two of chunks. Over
+      stages of the longest lane, with two of one chunk for each stage.
     options: From `make_options`.
     mesh: Of the devices to compile for, which need not be there.
 
@@ -54,7 +55,9 @@ def trace_over(
   mesh = layout.mesh() if mesh is None else mesh
   if layout.stage > 1:
     chunks = -(-int(capacity) // options.chunk_size)
-    return trace_stages(layout, model, (chunks,), options, mesh=mesh)
+    # Lanes of one chunk behind it, so that no stage has room left over.
+    sizes = (chunks, *[1] * (2 * layout.stage))
+    return trace_stages(layout, model, sizes, options, mesh=mesh)
   shapes = _Shapes.of(layout, model, capacity, options, mesh)
   router = None
   if model.cfg.moe is not None and has_router_losses(model.cfg):

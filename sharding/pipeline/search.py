@@ -4,13 +4,14 @@ What is tried: every schedule, how many chunks of a lane stay live, how far
 forward passes run ahead, and the order of lanes. Sorted orders put lanes of
 like length, and so chunks with like prefixes and costs, next to each other,
 which lockstep rewards; those with the longest in the middle fill and drain the
-pipeline with short ones.
+pipeline with short ones. `best_split` tries chunk sizes and layers too.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from jaxchunk.sharding.pipeline import tables
@@ -122,9 +123,10 @@ def best_table(
     return best[1]
   if least is None:
     raise ValueError(f"names={list(names)} and lives={list(lives)}: no choice")
-  raise ValueError(
+  raise TooLittleMemory(
     f"memory_limit={memory_limit} bytes: no table fits; the least limit is "
-    f"{least[0]}, for {least[1].name} with live={least[1].lanes.live}"
+    f"{least[0]}, for {least[1].name} with live={least[1].lanes.live}",
+    least[0],
   )
 
 
@@ -208,3 +210,148 @@ def _permuted(lanes: Lanes, costs: Costs, order: Sequence[int]) -> Costs:
     for factor in costs.chunks[lanes.starts[lane] : lanes.end(lane)]
   ]
   return dataclasses.replace(costs, chunks=tuple(factors))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkSize:
+  """What a chunk size makes of a batch.
+
+  Attributes:
+    lanes: Chunks of each lane.
+    costs: Of a chunk, where stages are even.
+    slot_bytes: What slots weigh then; `None` where memory is no matter.
+  """
+
+  lanes: Sequence[int]
+  costs: Costs
+  slot_bytes: SlotBytes | None = None
+
+
+class Split(NamedTuple):
+  """What a search over chunk sizes and stages found.
+
+  Attributes:
+    chunk_size: C, of the sizes that were given.
+    layers: Of each stage; `None` is as even as they can be.
+    found: The table.
+  """
+
+  chunk_size: int
+  layers: tuple[int, ...] | None
+  found: Found
+
+
+def best_split(
+  devices: int,
+  sizes: Mapping[int, ChunkSize],
+  *,
+  layers: int | None = None,
+  memory_limit: int | None = None,
+  names: Sequence[Schedule] = tuple(tables.BUILDERS),
+  lives: Sequence[int | None] = (None, 2, 1),
+  mode: Mode = "lockstep",
+) -> Split:
+  """`best_table` over chunk sizes, and layers over stages.
+
+  Args:
+    devices: P.
+    sizes: By C, what it makes of the batch; costs in one unit.
+    layers: Of the model; `None` leaves stages even. Otherwise the last stage,
+      which has the head, is tried with fewer, in schedules of one stage a
+      device.
+    memory_limit: As in `best_table`.
+    names: Schedules to try.
+    lives: K to try.
+    mode: Whose makespan counts.
+
+  Raises:
+    ValueError: Nothing fits; names the least limit that would do.
+  """
+  best: tuple[float, Split] | None = None
+  failed = []
+  for size, chunk in sizes.items():
+    for split in _splits(devices, layers, chunk.costs, names):
+      try:
+        found = best_table(
+          devices,
+          list(chunk.lanes),
+          split.costs(chunk.costs),
+          memory_limit=memory_limit,
+          slot_bytes=split.slot_bytes(chunk.slot_bytes),
+          names=split.names,
+          lives=lives,
+          mode=mode,
+        )
+      except TooLittleMemory as error:
+        failed.append((error.least, size, str(error)))
+        continue
+      makespan = found.timeline.makespan
+      if best is None or makespan < best[0]:
+        best = makespan, Split(size, split.layers, found)
+  if best is not None:
+    return best[1]
+  if not failed:
+    raise ValueError(f"sizes={list(sizes)} and names={list(names)}: no choice")
+  least, size, text = min(failed)
+  raise TooLittleMemory(f"{text}, in chunks of {size} tokens", least)
+
+
+class TooLittleMemory(ValueError):
+  """No table fits.
+
+  Attributes:
+    least: The least limit in bytes that would do.
+  """
+
+  def __init__(self, text: str, least: int):
+    super().__init__(text)
+    self.least = least
+
+
+class _Layers(NamedTuple):
+  """Layers over stages.
+
+  Attributes:
+    layers: Of each stage; `None` is even.
+    names: Schedules that can run so.
+  """
+
+  layers: tuple[int, ...] | None
+  names: tuple[Schedule, ...]
+
+  def costs(self, even: Costs) -> Costs:
+    """Costs with a factor for each stage."""
+    if self.layers is None:
+      return even
+    mean = sum(self.layers) / len(self.layers)
+    return dataclasses.replace(
+      even, stages=tuple(n / mean for n in self.layers)
+    )
+
+  def slot_bytes(self, even: SlotBytes | None) -> SlotBytes | None:
+    """What slots weigh: all stages have room for the most layers."""
+    if even is None or self.layers is None:
+      return even
+    factor = max(self.layers) * len(self.layers) / sum(self.layers)
+    inbox, *others = even
+    return SlotBytes(inbox, *(math.ceil(factor * n) for n in others))
+
+
+def _splits(
+  devices: int, layers: int | None, costs: Costs, names: Sequence[Schedule]
+) -> Iterator[_Layers]:
+  """Even stages, then fewer and fewer layers on the last."""
+  yield _Layers(None, tuple(names))
+  single = tuple(
+    name
+    for name in names
+    if tables.build(name, devices, devices).placement.parts == 1
+  )
+  if layers is None or devices == 1 or costs.everywhere or not single:
+    return
+  for last in range(layers // devices, 0, -1):
+    each, more = divmod(layers - last, devices - 1)
+    first = [each + (stage < more) for stage in range(devices - 1)]
+    if max(first) > 2 * last + 1:
+      return
+    yield _Layers((*first, last), single)

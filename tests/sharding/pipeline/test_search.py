@@ -1,12 +1,24 @@
 """The search finds what is at least as fast as all that is tried, and fits."""
 
+import dataclasses
 import re
 
 import pytest
 
 from jaxchunk.sharding.pipeline import tables
-from jaxchunk.sharding.pipeline.search import best_table, lane_orders
-from jaxchunk.sharding.pipeline.simulate import Costs, event_driven, lockstep
+from jaxchunk.sharding.pipeline.search import (
+  ChunkSize,
+  TooLittleMemory,
+  best_split,
+  best_table,
+  lane_orders,
+)
+from jaxchunk.sharding.pipeline.simulate import (
+  Costs,
+  event_driven,
+  lockstep,
+  token_costs,
+)
 from jaxchunk.sharding.pipeline.table import Lanes
 from jaxchunk.sharding.pipeline.usage import (
   SlotBytes,
@@ -117,3 +129,43 @@ def test_arguments_that_contradict_each_other():
     best_table(2, 4, Costs(), names=[])
   with pytest.raises(ValueError, match="mode='time' is not one of"):
     best_table(2, 4, Costs(), mode="time")
+
+
+def sizes_of_chunks(head=0.0):
+  """A lane of 16k tokens and four of 4k, in chunks of 2k and 4k."""
+  found = {}
+  for size in (2048, 4096):
+    lanes = [16384 // size, *[4096 // size] * 4]
+    costs = token_costs(size, (1e-3, 1e-3, 1e-3), (1e-7, 2.5e-7))
+    costs = dataclasses.replace(costs, head=head * size)
+    weight = SlotBytes(size, 10 * size, 10 * size, size, 2 * size)
+    found[size] = ChunkSize(lanes=lanes, costs=costs, slot_bytes=weight)
+  return found
+
+
+def test_the_chunk_size_follows_from_the_memory():
+  sizes = sizes_of_chunks()
+  free = best_split(4, sizes)
+  need = allocated_memory(free.found.table, sizes[free.chunk_size].slot_bytes)
+  tight = best_split(4, sizes, memory_limit=need // 2)
+  assert tight.found.timeline.makespan > free.found.timeline.makespan
+  parts = tight.found.table.placement.parts
+  weight = part_bytes(sizes[tight.chunk_size].slot_bytes, parts)
+  assert allocated_memory(tight.found.table, weight) <= need // 2
+  with pytest.raises(TooLittleMemory, match=r"least limit is \d+.* chunks of"):
+    best_split(4, sizes, memory_limit=100)
+  try:
+    best_split(4, sizes, memory_limit=100)
+  except TooLittleMemory as error:
+    best_split(4, sizes, memory_limit=error.least)
+
+
+def test_the_stage_with_the_head_gets_fewer_layers():
+  names = ("1f1b", "1f1b_aligned")
+  sizes = sizes_of_chunks(head=2e-3)
+  even = best_split(4, sizes, names=names)
+  split = best_split(4, sizes, layers=32, names=names)
+  assert split.layers is not None and sum(split.layers) == 32
+  assert split.layers[-1] < split.layers[0]
+  assert split.found.timeline.makespan < even.found.timeline.makespan
+  assert best_split(4, sizes_of_chunks(), layers=32, names=names).layers is None

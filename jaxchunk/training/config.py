@@ -19,6 +19,7 @@ from jaxchunk.chunking.layouts import (
   check_pipeline,
 )
 from jaxchunk.chunking.memory import MemorySpace, Strategy
+from jaxchunk.chunking.ops import Keep
 from jaxchunk.chunking.spaco import SpaCO
 from jaxchunk.data import config as data_config
 from jaxchunk.data.config import DataConfig
@@ -56,6 +57,8 @@ class TrainConfig:
       the backward pass; the others are computed again.
     strategy: Order of the work inside a sequence; `None` lets the library
       choose.
+    keep: What live chunks keep of each layer: "all" that the backward pass
+      reads, or "inputs", from which the rest is computed again.
     spaco_rate: Share of the chunks, drawn at random, that run backward
       (`jaxchunk.SpaCO`); `None` runs all and is exact.
     kv_memory: "host" keeps keys, values and their gradients in host memory
@@ -96,6 +99,7 @@ class TrainConfig:
   chunk_size: int = 2048
   live_chunks: int = 1
   strategy: Strategy | None = None
+  keep: Keep = "all"
   spaco_rate: float | None = None
   kv_memory: MemorySpace = "device"
   implementation: Backend | None = None

@@ -23,6 +23,7 @@ from jaxchunk.chunking.executor import loss_program, make_options
 from jaxchunk.chunking.gradient import abstract_lane, lower_chunked
 from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.traces import trace_loss_over, trace_sums_over
+from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.targets import Target, tracing_for
@@ -47,12 +48,16 @@ class Need:
     host: Bytes of host memory, likewise.
     refused: What the compiler said if it gave up; `device` is then at least
       what it named.
+    peak: The same by the compiler's count of what is held at once. On a TPU it
+      is less, and the one that decides: programs compile whose `device`
+      exceeds its memory, as long as `peak` does not.
   """
 
   program: str
   device: int
   host: int
   refused: str | None = None
+  peak: int = 0
 
 
 def limit(target: Target) -> int:
@@ -142,6 +147,7 @@ def lane_need(config: Config, target: Target, capacity: int) -> Need:
       live_chunks=train.live_chunks,
       strategy=strategy_of(config),
       trainable=initial.trainable(config.model),
+      keep=train.keep,
       implementation=train.implementation,
       kv_memory=train.kv_memory,
       layout=config.layout.layout(),
@@ -268,22 +274,39 @@ def _need(
     arguments = sum(
       x.size * x.dtype.itemsize for x in jax.tree.leaves(lowered.in_avals)
     )
-    least = int(float(found[1]) * 2**30) + arguments
-    return Need(program, device + least, host, refused=text)
-  return Need(
-    program,
-    device
-    + memory.argument_size_in_bytes
+    named = int(float(found[1]) * 2**30)
+    return Need(
+      program,
+      device + named + arguments,
+      host,
+      refused=text,
+      # What a TPU's compiler names are not temporaries alone.
+      peak=device + named,
+    )
+  total = (
+    memory.argument_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
     + memory.temp_size_in_bytes
-    + memory.generated_code_size_in_bytes,
+    + memory.generated_code_size_in_bytes
+  )
+  return Need(
+    program,
+    device + total,
     host
     + memory.host_argument_size_in_bytes
     + memory.host_output_size_in_bytes
     - memory.host_alias_size_in_bytes
     + memory.host_temp_size_in_bytes,
+    # A GPU's count may be that of host memory, if that is more.
+    peak=device + min(total, memory.peak_memory_in_bytes),
   )
+
+
+@functools.cache
+def _abstract(cfg: ModelConfig) -> tuple[Any, nnx.State, nnx.State]:
+  """Once for all layouts and programs of a run."""
+  return initial.abstract_model(cfg)
 
 
 def _mesh(config: Config, target: Target) -> Mesh:
@@ -296,7 +319,7 @@ def _mesh(config: Config, target: Target) -> Mesh:
 
 def _places(config: Config, target: Target | None = None) -> Places:
   """Where a run's arrays are; without a target only how they are split."""
-  model: Transformer = nnx.merge(*initial.abstract_model(config.model))
+  model: Transformer = nnx.merge(*_abstract(config.model.frozen()))
   layout = config.layout.layout() or Layout()
   if target is not None:
     return places_of(model, layout, _mesh(config, target))
@@ -310,7 +333,7 @@ def _parameters(
 ) -> tuple[Shapes, Shapes]:
   """What is trained and what is frozen."""
   places = _places(config, target)
-  _, *states = initial.abstract_model(config.model)
+  _, *states = _abstract(config.model.frozen())
   params, frozen = map(nnx.to_pure_dict, states)
   return _placed(params, places.params), _placed(frozen, places.frozen)
 
@@ -321,7 +344,7 @@ def _placed(shapes: Shapes, places: Any) -> Shapes:
 
 def _model(config: Config, target: Target) -> Transformer:
   """The model as shapes on its devices."""
-  graphdef, *_ = initial.abstract_model(config.model)
+  graphdef, *_ = _abstract(config.model.frozen())
   states = map(nnx.State, _parameters(config, target))
   model: Transformer = nnx.merge(graphdef, *states)
   return model

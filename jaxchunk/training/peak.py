@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 # Dense bf16 products of one device as jax counts devices, in FLOP/s. The
 # longest prefix of `device_kind` counts. Sources: NVIDIA's data sheets of A100,
-# L4, L40S, H100, H200 and B200 (half of the figures "with sparsity"); Google
-# Cloud's pages of the TPU generations, by chip, divided by two where a chip
+# L4, L40S, H100, H200, B200 (half of the figures "with sparsity") and the RTX
+# 4090 (with sums in fp32); Google Cloud's pages of the TPU generations, by chip, divided by two where a chip
 # shows as two devices (v2, v3, 7x).
 _BF16_PEAKS = {
   "NVIDIA A100": 312e12,
@@ -23,6 +23,7 @@ _BF16_PEAKS = {
   "NVIDIA H200 NVL": 835e12,
   "NVIDIA GH200": 989e12,
   "NVIDIA B200": 2250e12,
+  "NVIDIA GeForce RTX 4090": 165.2e12,
   "TPU v2": 23e12,
   "TPU v3": 61.5e12,
   "TPU v4": 275e12,
@@ -62,12 +63,16 @@ def peak_of(device: jax.Device, dtype: str) -> Peak:
     device: On which the model runs.
     dtype: Of its matrix products.
   """
-  kind = device.device_kind
+  return known_peak(device.device_kind) or _measured(device, dtype)
+
+
+def known_peak(kind: str) -> Peak | None:
+  """The peak of a kind of device, as jax calls it, if its data sheet says."""
   known = [name for name in _BF16_PEAKS if _is_kind(kind, name)]
-  if known:
-    name = max(known, key=len)
-    return Peak(_BF16_PEAKS[name], f"{kind}: bf16, by its data sheet")
-  return _measured(device, dtype)
+  if not known:
+    return None
+  name = max(known, key=len)
+  return Peak(_BF16_PEAKS[name], f"{kind}: bf16, by its data sheet")
 
 
 def _is_kind(kind: str, name: str) -> bool:

@@ -171,6 +171,7 @@ def start(config: Config, workdir: Path, manager: Any) -> Run:
     live_chunks=config.train.live_chunks,
     strategy=config_lib.strategy_of(config),
     trainable=initial.trainable(config.model),
+    keep=config.train.keep,
     kv_memory=config.train.kv_memory,
     implementation=config.train.implementation,
   )

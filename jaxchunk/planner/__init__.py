@@ -1,0 +1,1 @@
+"""What to run where: layouts, chunks and memory, before anything runs."""

@@ -46,6 +46,7 @@ class Request:
     train: What is not chosen here: the optimizer, where its state is.
     batch_tokens: Of a global batch.
     memory_limit: Bytes of a device to use; `None` is what the runtime leaves.
+    host_memory: Bytes of host memory for one device.
     chunk_sizes: C to try.
   """
 
@@ -55,6 +56,7 @@ class Request:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   batch_tokens: int = 262_144
   memory_limit: int | None = None
+  host_memory: int = 128 * 2**30
   chunk_sizes: tuple[int, ...] = CHUNK_SIZES
 
   @property

@@ -42,28 +42,37 @@ class Kept(NamedTuple):
     stored: Parameters, trained and frozen, and gradients in their parts.
     used: As programs have them at the most: whole but for "tensor".
     updated: Gradients as the update takes them: once in all copies.
+    updated_head: Of these the head's.
+    updated_embedding: The embedding's, if it is another array.
     optimizer: Its state on the device.
     optimizer_host: Its state in host memory.
     layer: The largest layer as it is used.
+    head: The head, likewise.
     gathered_layer: Of that, what is gathered first.
     gathered_head: Of the head, likewise; nothing if it is whole.
     sent_layers: What a device sends to gather all layers once, and to scatter
       their gradients.
     sent_head: Likewise.
     shared: Devices that gather together.
+    copies: Whether several devices have the same parameters, of which each
+      updates a part.
   """
 
   stored: Pair
   used: Pair
   updated: float
+  updated_head: float
+  updated_embedding: float
   optimizer: float
   optimizer_host: float
   layer: Pair
+  head: Pair
   gathered_layer: Pair
   gathered_head: Pair
   sent_layers: Pair
   sent_head: Pair
   shared: int
+  copies: bool
 
 
 _NOTHING = Pair(0, 0)
@@ -177,13 +186,17 @@ class Model:
     return Kept(
       stored=stored,
       updated=updated,
+      updated_head=head.updated,
+      updated_embedding=rest.updated,
       optimizer=optimizer * part,
       optimizer_host=host * part,
       used=_sum([layers.used.scaled(1 / stages), head.used, rest.used]),
       layer=layers.largest,
+      head=head.used,
       gathered_layer=layers.largest.scaled(split),
       gathered_head=head.used.scaled(split),
       sent_layers=layers.used.scaled(share / stages),
       sent_head=head.used.scaled(share),
       shared=shared,
+      copies=layout.num_devices > shared * layout.tensor,
     )

@@ -37,6 +37,11 @@ class Factors:
     inputs: Copies of the layers' inputs, layer-outer.
     live: Of what several live chunks keep.
     visited: Of keys and values that queries of other devices visit.
+    host: Of keys, values and gradients in host memory, with gaps.
+    updates: Of the gradients that AdamW updates with, by one device or many.
+    eight_bits: Of the head in fp32, and of the other embedding, where moments
+      of 8 bits are updated.
+    sums: Of gradients that are added up over devices.
   """
 
   working: float
@@ -45,12 +50,38 @@ class Factors:
   inputs: float
   live: float
   visited: float
+  host: float
+  updates: tuple[float, float]
+  eight_bits: tuple[float, float]
+  sums: float
 
 
 # Fitted to the cases of docs/planning.md.
 _FACTORS = {
-  "gpu": Factors(0.37, 0.7, 2.0, 1.0, 1.0, 1.0),
-  "tpu": Factors(0.37, 0.7, 1.0, 2.0, 1.15, 1.5),
+  "gpu": Factors(
+    working=0.37,
+    adapted=0.7,
+    gradients=2.0,
+    inputs=1.0,
+    live=1.0,
+    visited=1.0,
+    host=1.0,
+    updates=(1.04, 1.45),
+    eight_bits=(1.0, 0.0),
+    sums=0.9,
+  ),
+  "tpu": Factors(
+    working=0.37,
+    adapted=0.7,
+    gradients=1.0,
+    inputs=2.0,
+    live=1.15,
+    visited=1.5,
+    host=1.34,
+    updates=(1.0, 1.0),
+    eight_bits=(8.0, 2.2),
+    sums=0.35,
+  ),
 }
 
 
@@ -115,7 +146,10 @@ class Memory:
     """Bytes of a device while each program of a run is running."""
     kept = self.kept(candidate.layout)
     parts, host = self._lane(candidate, kept)
-    programs = {"lane": sum(parts.values()), "update": self._update(kept)}
+    programs = {
+      "lane": sum(parts.values()),
+      "update": self._update(candidate, kept),
+    }
     if self.request.train.eval_every:
       programs["evaluation"] = self._evaluation(candidate, kept)
     if candidate.layout.num_devices > 1:
@@ -143,7 +177,7 @@ class Memory:
     state, live = self._chunk_outer(candidate, local, chunks)
     host = kept.optimizer_host
     if candidate.kv_memory == "host":
-      host, state = host + state, 0.0
+      host, state = host + self.factors.host * state, 0.0
     parts |= {
       "keys, values, gradients": state,
       "live chunks": live,
@@ -244,12 +278,27 @@ class Memory:
       share * (slots.kept + slots.owed) * each + inbox,
     )
 
-  def _update(self, kept: Kept) -> float:
+  def _update(self, candidate: Candidate, kept: Kept) -> float:
     """While parameters are updated, each device its own part of them."""
+    train = self.request.train
+    lies = kept.stored.weights + kept.updated + kept.optimizer
+    if train.optimizer_memory == "host":
+      # What comes from the host: a layer's, or the head's.
+      return lies + 2 * max(kept.layer.gradients, kept.head.gradients)
     # New parameters are found in parts, and gathered beside the old ones.
-    copies = kept.updated < kept.stored.gradients
-    new = kept.stored.weights if copies else 0
-    return kept.stored.weights + new + kept.updated + kept.optimizer
+    new = kept.stored.weights if kept.copies else 0
+    if self.request.model.lora:
+      return lies + new
+    many = candidate.layout.num_devices > 1
+    works = kept.updated * self.factors.updates[many]
+    if train.optimizer == "adamw8bit":
+      # By layer, but for what is not in layers.
+      head, other = self.factors.eight_bits
+      works = head * kept.updated_head + other * kept.updated_embedding
+      works = max(works, kept.layer.gradients)
+    if self.request.machine.target.platform == "tpu":
+      return lies + works + new
+    return lies + max(works, new)
 
   def _evaluation(self, candidate: Candidate, kept: Kept) -> float:
     """While the loss of the longest held-out sequence is found."""
@@ -276,4 +325,6 @@ class Memory:
   def _sums(self, candidate: Candidate, kept: Kept) -> float:
     """While gradients are added up over the devices that have their own."""
     beside = self._beside(candidate, kept)
-    return sum(beside.values()) + beside["gradients"] + kept.updated
+    # Of those that have copies a part is sent to each device.
+    sent = self.factors.sums * beside["gradients"] if kept.copies else 0
+    return sum(beside.values()) + sent + kept.updated

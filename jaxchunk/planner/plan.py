@@ -8,11 +8,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxchunk.models.lora import LoRA
 from jaxchunk.planner.candidates import Candidate, Request, candidates
 from jaxchunk.planner.compiled import Compiler, Say
 from jaxchunk.planner.lengths import Lengths
 from jaxchunk.planner.memory import Memory, Predicted
+from jaxchunk.planner.requests import lora_of
 from jaxchunk.planner.seconds import Clock, Step
 from jaxchunk.training import fits
 
@@ -142,7 +142,7 @@ def make_plan(
   ]
   say(f"{len(small):,} fit by formula")
   if not small:
-    raise _nothing_fits(request, memory, found)
+    raise _nothing_fits(request)
   clock = Clock(request, memory)
   choices = [Choice(c, p, clock.step(c)) for c, p in small]
   choices.sort(key=_order)
@@ -151,9 +151,16 @@ def make_plan(
   )
 
 
-def _order(choice: Choice) -> tuple[float, float]:
-  """The fastest first; of two within a percent the one that needs less."""
-  return choice.step.seconds, choice.predicted.peak
+def _order(choice: Choice) -> tuple[float, bool, int]:
+  """The fastest first; of equals those that copy least, then need least."""
+  on_host = choice.candidate.kv_memory == "host"
+  return choice.step.seconds, on_host, choice.predicted.peak
+
+
+def fits_by_formula(request: Request, predicted: Predicted) -> bool:
+  """Whether both memories hold what is needed."""
+  in_host = predicted.host <= request.host_memory
+  return predicted.peak <= request.limit and in_host
 
 
 def _predicted(
@@ -187,16 +194,17 @@ def _compiled(plan: Plan, wanted: int, say: Say) -> Plan:
 def smallest(request: Request) -> tuple[Candidate, int]:
   """The candidate that needs the least memory of a device, and its bytes."""
   memory, lean = Memory(request), candidates(request, lean=True)
-  found = ((c, p.peak) for c, p in _predicted(memory, lean))
-  return min(found, key=lambda pair: pair[1])
+  found = {
+    candidate: predicted.peak
+    for candidate, predicted in _predicted(memory, lean)
+    if predicted.host <= request.host_memory
+  }
+  return min(found.items(), key=lambda pair: pair[1])
 
 
-def _nothing_fits(
-  request: Request, memory: Memory, found: list[Candidate]
-) -> NothingFits:
-  needs = {c: p.peak for c, p in _predicted(memory, found)}
-  least = min(needs, key=lambda c: needs[c])
-  return NothingFits(request, least, needs[least], list(remedies(request)))
+def _nothing_fits(request: Request) -> NothingFits:
+  least, need = smallest(request)
+  return NothingFits(request, least, need, list(remedies(request)))
 
 
 def remedies(request: Request) -> Iterator[Remedy]:
@@ -205,16 +213,12 @@ def remedies(request: Request) -> Iterator[Remedy]:
     candidate, need = smallest(other)
     if need <= request.limit:
       yield Remedy(change, need, candidate)
-  for change, others in (
-    ("devices", _with_devices(request)),
-    ("lengths", _shortened(request)),
-  ):
-    for text, other in others:
+  for others in (_with_devices(request), _shortened(request)):
+    for change, other in others:
       candidate, need = smallest(other)
       if need <= request.limit:
-        yield Remedy(text, need, candidate)
+        yield Remedy(change, need, candidate)
         break
-    del change
 
 
 def _changes(request: Request) -> Iterator[tuple[str, Request]]:
@@ -228,7 +232,7 @@ def _changes(request: Request) -> Iterator[tuple[str, Request]]:
       _trained(request, optimizer_memory="host"),
     )
   if model.lora is None:
-    lora = dataclasses.replace(model, lora=LoRA()).frozen()
+    lora = dataclasses.replace(model, lora=lora_of(model)).frozen()
     yield "--trainable=lora", dataclasses.replace(request, model=lora)
 
 

@@ -99,8 +99,10 @@ def sent_bytes(
   visits = (layout.context - 1) * passes * layers * query
   width = tokens * cfg.d_model * item
   share = 2 * (layout.tensor - 1) / layout.tensor
-  # Of attention and the MLP each way, once more for what both read.
-  partial = share * (2 * forward + 2 * chunks) * layers * width
+  # Of attention and the MLP each way, and once more where a layer begins; of
+  # the embedding, and in twice the width of the head.
+  sums = (2 * forward + 3 * chunks) * layers + forward + 2 * chunks
+  partial = share * sums * width
   return Sent(gathered, visits, partial)
 
 

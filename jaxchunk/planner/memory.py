@@ -42,6 +42,7 @@ class Factors:
     eight_bits: Of the head in fp32, and of the other embedding, where moments
       of 8 bits are updated.
     sums: Of gradients that are added up over devices.
+    turned: Copies of a head that is gathered or scattered.
   """
 
   working: float
@@ -54,6 +55,7 @@ class Factors:
   updates: tuple[float, float]
   eight_bits: tuple[float, float]
   sums: float
+  turned: float
 
 
 # Fitted to the cases of docs/planning.md.
@@ -69,6 +71,7 @@ _FACTORS = {
     updates=(1.04, 1.45),
     eight_bits=(1.0, 0.0),
     sums=0.9,
+    turned=2.0,
   ),
   "tpu": Factors(
     working=0.37,
@@ -81,6 +84,7 @@ _FACTORS = {
     updates=(1.0, 1.0),
     eight_bits=(8.0, 2.2),
     sums=0.35,
+    turned=1.0,
   ),
 }
 
@@ -249,9 +253,12 @@ class Memory:
     blocks = choose_grad_blocks(tokens, vocab, width, wide)
     logits = blocks.rows * wide * (vocab if blocks.keep else blocks.vocab)
     head = kept.gathered_head
-    # Whole, turned for its parts to be scattered, and what comes of that.
-    gathered = (2 + 1 / kept.shared) * head.gradients
-    gathered = max(gathered, head.gradients + 2 * head.weights + logits)
+    copies = self.factors.turned
+    # First it is gathered; at last its gradient is scattered, and a part left.
+    gathered = max(
+      head.gradients + copies * head.weights + logits,
+      (copies + 1 / kept.shared) * head.gradients,
+    )
     found = 3 * tokens * width * wide
     return found + (gathered if head.weights else 2 * logits)
 

@@ -3,17 +3,16 @@
   python scripts/plan.py --model=llama3.1-8b --lengths=2000:500,131072:1
     --target=h200:8 [--compile=2]
 
-Weighs layouts, strategies, chunk sizes and live chunks by formula: memory of
-a device, seconds of a step. Prints the best, what their memory is made of, and
-the flags of scripts/train.py; says what to change, and exits with 1, if
-nothing fits. With --compile the best are compiled for the devices, which
-decides whether they fit (needs the extra `aot`; a model of 8B takes minutes).
+The model is a preset, a folder with a config.json, or configs/NAME.py; lengths
+are tokens:sequences, or a .json or .csv file. Weighs layouts, strategies and
+chunk sizes by formula and prints the best, with the flags of scripts/train.py;
+exits with 1 and says what to change if nothing fits. With --compile the best
+are compiled, which decides (extra `aot`; a model of 8B takes minutes).
 """
 
 import json
 import pathlib
 import sys
-from typing import get_args
 
 import jax
 from absl import app, flags
@@ -21,28 +20,18 @@ from absl import app, flags
 from jaxchunk.planner import report
 from jaxchunk.planner.plan import make_plan
 from jaxchunk.planner.requests import read_request
-from jaxchunk.training.config import OptimizerName
 
-_MODEL = flags.DEFINE_string(
-  "model", "", "A preset, a folder or its config.json, or configs/NAME.py."
-)
-_LENGTHS = flags.DEFINE_string(
-  "lengths", "", "tokens:sequences,... or a .json or .csv file of lengths."
-)
+_MODEL = flags.DEFINE_string("model", None, "See above.", required=True)
+_LENGTHS = flags.DEFINE_string("lengths", None, "See above.", required=True)
 _TARGET = flags.DEFINE_string("target", "h200", "h200, h200:8, v5e:4x4, ...")
 _TRAINABLE = flags.DEFINE_enum("trainable", "full", ["full", "lora"], "What.")
-_OPTIMIZER = flags.DEFINE_enum(
-  "optimizer", None, get_args(OptimizerName), "As train.optimizer."
-)
-_MEMORY = flags.DEFINE_enum(
-  "optimizer_memory", None, ["device", "host"], "As train.optimizer_memory."
-)
+_OPTIMIZER = flags.DEFINE_string("optimizer", None, "As train.optimizer.")
+_MEMORY = flags.DEFINE_string("optimizer_memory", None, "device or host.")
 _BATCH = flags.DEFINE_integer("global_batch_tokens", 262_144, "Of a step.")
 _LIMIT = flags.DEFINE_float("memory_limit", None, "GiB of a device to use.")
 _COMPILE = flags.DEFINE_integer("compile", 0, "How many of the best.")
 _SHOW = flags.DEFINE_integer("show", 10, "How many to print.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "A JSON file for the plan.")
-flags.mark_flags_as_required(["model", "lengths"])
 
 
 def main(argv: list[str]) -> None:
@@ -62,17 +51,13 @@ def main(argv: list[str]) -> None:
       optimizer=_OPTIMIZER.value,
       optimizer_memory=_MEMORY.value,
     )
-    plan = make_plan(request, compile_best=_COMPILE.value, say=_say)
+    plan = make_plan(request, compile_best=_COMPILE.value, say=report.progress)
   except (ValueError, RuntimeError) as error:
     sys.exit(f"plan.py: {error}")
   print(report.text(plan, _SHOW.value))
   if _OUT.value:
     values = json.dumps(report.as_json(plan), indent=1)
     pathlib.Path(_OUT.value).write_text(values + "\n", encoding="utf-8")
-
-
-def _say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ prunes what cannot run, one of time orders the rest.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxchunk.planner.requests import lora_of
 from jaxchunk.planner.seconds import Clock, Step
 from jaxchunk.training import fits
 
+_CLOSE = 0.01
 _MOST_DEVICES = 64
 """Times those that there are, of what would fit."""
 
@@ -151,10 +153,14 @@ def make_plan(
   )
 
 
-def _order(choice: Choice) -> tuple[float, bool, int]:
-  """The fastest first; of equals those that copy least, then need least."""
+def _order(choice: Choice) -> tuple[int, bool, int]:
+  """The fastest first; of those as fast, what copies least and needs least.
+
+  Times within a percent or so count as equal: they are not known as well.
+  """
   on_host = choice.candidate.kv_memory == "host"
-  return choice.step.seconds, on_host, choice.predicted.peak
+  steps = round(math.log(choice.step.seconds) / math.log1p(_CLOSE))
+  return steps, on_host, choice.predicted.peak
 
 
 def fits_by_formula(request: Request, predicted: Predicted) -> bool:

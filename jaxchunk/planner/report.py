@@ -1,6 +1,7 @@
 """A plan for people, and as plain values."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,11 @@ from jaxchunk.training.config import LayoutConfig, TrainConfig
 
 _GIB = 2**30
 _STAGED = 3
+
+
+def progress(line: str) -> None:
+  """Tells on stderr what goes on."""
+  print(line, file=sys.stderr, flush=True)
 
 
 def table(plan: Plan, most: int = 10) -> str:

@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from jaxchunk.data.config import DataConfig
 from jaxchunk.interop.hugging_face import load_config
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.families import preset
@@ -16,6 +17,7 @@ from jaxchunk.training.config import (
   Config,
   ConfigError,
   TrainConfig,
+  validate,
 )
 
 
@@ -54,7 +56,7 @@ def read_request(
   training = dataclasses.replace(training, **given)
   if trainable == "lora" and cfg.lora is None:
     cfg = dataclasses.replace(cfg, lora=lora_of(cfg))
-  return Request(
+  request = Request(
     model=cfg.frozen(),
     lengths=read_lengths(lengths),
     machine=machine(target),
@@ -62,6 +64,8 @@ def read_request(
     batch_tokens=batch_tokens,
     memory_limit=None if memory_gib is None else int(memory_gib * 2**30),
   )
+  validate(Config(model=cfg, data=DataConfig(), train=training))
+  return request
 
 
 def lora_of(cfg: ModelConfig) -> LoRA:

@@ -1,6 +1,7 @@
 """Plans: order, what was compiled, what to change, and how it is told."""
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -23,14 +24,19 @@ def test_the_fastest_that_fits_comes_first(make_request):
   request = make_request(memory_limit=4 * GIB)
   plan = make_plan(request)
   assert plan.weighed == 48 > len(plan.choices) > 0
-  seconds = [c.step.seconds for c in plan.choices]
-  assert seconds == sorted(seconds)
+  # Of two within a percent the one that needs less comes first.
+  for one, next_ in itertools.pairwise(plan.choices):
+    assert next_.step.seconds > 0.989 * one.step.seconds
+    close = abs(next_.step.seconds / one.step.seconds - 1) < 1e-3
+    on_host = [x.candidate.kv_memory == "host" for x in (one, next_)]
+    if close and on_host[0] == on_host[1]:
+      assert next_.predicted.peak >= one.predicted.peak
   assert all(c.predicted.peak <= 4 * GIB for c in plan.choices)
   assert plan.best == plan.choices[0]
   # With more room more fit, and the best is no slower.
   wide = make_plan(dataclasses.replace(request, memory_limit=8 * GIB))
   assert len(wide.choices) > len(plan.choices)
-  assert wide.best.step.seconds <= plan.best.step.seconds
+  assert wide.best.step.seconds <= 1.01 * plan.best.step.seconds
 
 
 def test_what_does_not_fit_compiled_is_passed_over(make_request, monkeypatch):
@@ -167,3 +173,7 @@ def test_requests_from_words(tmp_path):
     read_request(model="none.py", lengths="1", target="h200")
   with pytest.raises(ValueError, match=r"no preset 'llama'"):
     read_request(model="llama", lengths="1", target="h200")
+  with pytest.raises(ValueError, match=r"train.optimizer='sgd' must be"):
+    read_request(
+      model="llama3.2-1b", lengths="1", target="h200", optimizer="sgd"
+    )

@@ -44,6 +44,7 @@ from jaxchunk.chunking.memory import (
 from jaxchunk.chunking.plan import chunk_plan
 from jaxchunk.chunking.traces import trace_over
 from jaxchunk.models.families import preset
+from jaxchunk.planner.devices import machine
 from jaxchunk.sharding.mesh import Layout
 from jaxchunk.sharding.rules import Rules
 from jaxchunk.sharding.traffic import traffic
@@ -59,14 +60,7 @@ _RECORD = flags.DEFINE_bool("record", False, "Write benchmarks/results/.")
 _GIB = 2**30
 _MODELS = {"8B": "llama3.1-8b", "70B": "llama3.1-70b"}
 _LENGTHS = {"8B": (131072, 524288, 1048576), "70B": (131072, 524288)}
-# Bytes a second of one ring: a link's two directions, or NVLink's one.
-# Sources: "How to scale your model" (Austin et al., 2025), NVIDIA's data sheet.
-_PODS = {
-  "v5e:16x16": (256, 90e9),
-  "v5p:4x4x4": (64, 180e9),
-  "v6e:8x8": (64, 180e9),
-  "h200:8": (8, 450e9),
-}
+_PODS = ("v5e:16x16", "v5p:4x4x4", "v6e:8x8", "h200:8")
 # Of memory: what the formulas below may be wrong by.
 _MARGIN = 0.85
 _WEIGHED = 6
@@ -201,7 +195,7 @@ def figures(way: Way, cell: Cell) -> dict[str, Any]:
   work = flops(way, cfg, cell.tokens)
   lanes = way.layout.num_devices // (way.layout.context * way.layout.tensor)
   compute = work / peak_of(cell.devices[0], "bfloat16").flops
-  copies = sum(moved.values()) / _PODS[cell.pod][1]
+  copies = sum(moved.values()) / machine(cell.pod).links.ring
   return {
     "way": str(way),
     "flops": work,
@@ -216,7 +210,7 @@ def figures(way: Way, cell: Cell) -> dict[str, Any]:
 def measure(cell: Cell) -> dict[str, Any]:
   """Compiles the fastest way that should fit, and others if it does not."""
   cfg, limit = config_of(cell.model), fits.limit(cell.target)
-  known = list(ways(_PODS[cell.pod][0], cfg, cell.tokens))
+  known = list(ways(machine(cell.pod).count, cfg, cell.tokens))
   fit = [
     way
     for way in known
@@ -240,7 +234,7 @@ def measure(cell: Cell) -> dict[str, Any]:
 def would_fit(cell: Cell) -> dict[str, Any]:
   """The least power of two times the devices whose formula fits."""
   cfg, limit = config_of(cell.model), fits.limit(cell.target)
-  devices = _PODS[cell.pod][0]
+  devices = machine(cell.pod).count
   for factor in (2, 4, 8, 16):
     for way in ways(factor * devices, cfg, cell.tokens):
       if expected_bytes(way, cfg, cell.tokens) < _MARGIN * limit:

@@ -34,6 +34,7 @@ _PACKAGES = {
   "models": "jaxchunk.models",
   "data": "jaxchunk.data",
   "training": "jaxchunk.training",
+  "planner": "jaxchunk.planner",
   "evaluation": "jaxchunk.evaluation",
   "inference": "jaxchunk.inference",
   "server": "jaxchunk.inference.server",

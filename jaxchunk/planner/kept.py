@@ -10,8 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from jaxchunk.chunking.chunk import Lane, chunk_of
+from jaxchunk.chunking.executor import make_options
+from jaxchunk.chunking.gradient import abstract_lane
+from jaxchunk.chunking.ops import Keep
 from jaxchunk.chunking.shards import Shards
 from jaxchunk.chunking.trainable import Trainable
+from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.planner.candidates import Candidate, Request, config_of
 from jaxchunk.sharding.mesh import Layout
@@ -200,3 +205,19 @@ class Model:
       shared=shared,
       copies=layout.num_devices > shared * layout.tensor,
     )
+
+
+def slot_bytes_per_token(cfg: ModelConfig, keep: Keep) -> float:
+  """What a live chunk keeps of a token in all layers, by its slot's shapes."""
+  size = 128
+  model: Transformer = nnx.merge(*initial.abstract_model(cfg))
+  kind = initial.trainable(cfg)
+  options = make_options(model, chunk_size=size, keep=keep, trainable=kind)
+  stage = options.stage(cfg.frozen())
+  lane, _ = abstract_lane(model, size, size)
+
+  def slot(model: Transformer, lane: Lane) -> Any:
+    return stage.init_slots(model, chunk_of(model, lane, 0, size), 1)
+
+  arrays = jax.tree.leaves(jax.eval_shape(slot, model, lane))
+  return sum(a.size * a.dtype.itemsize for a in arrays) / size

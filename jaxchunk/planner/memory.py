@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.memory import (
-  activation_bytes_per_token,
   state_bytes_per_token,
   working_bytes_per_token,
 )
@@ -22,7 +21,7 @@ from jaxchunk.chunking.ops import Keep
 from jaxchunk.kernels.cross_entropy.xla import choose_grad_blocks
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.planner.candidates import Candidate, Request
-from jaxchunk.planner.kept import Kept, Model, Pair
+from jaxchunk.planner.kept import Kept, Model, Pair, slot_bytes_per_token
 from jaxchunk.planner.pipeline import slots_of
 
 
@@ -128,15 +127,6 @@ def local_config(cfg: ModelConfig, parts: int) -> ModelConfig:
   )
 
 
-def _kept_bytes_per_token(local: ModelConfig, keep: Keep) -> int:
-  """What a live chunk keeps of a token in all layers."""
-  if keep == "all":
-    return activation_bytes_per_token(local)
-  item = jnp.dtype(local.dtype).itemsize
-  heads = local.num_heads * local.head_width
-  return local.num_layers * item * (local.d_model + heads)
-
-
 class Memory:
   """What candidates of one request need; layouts are looked at once."""
 
@@ -144,6 +134,7 @@ class Memory:
     self.request = request
     self.factors = _FACTORS[request.machine.target.platform]
     self.kept = functools.cache(Model(request).kept)
+    self.slot = functools.cache(self._slot)
     self.local = functools.cache(functools.partial(local_config, request.model))
 
   def predict(self, candidate: Candidate) -> Predicted:
@@ -163,6 +154,10 @@ class Memory:
       {name: round(size) for name, size in parts.items()},
       round(host),
     )
+
+  def _slot(self, parts: int, keep: Keep) -> float:
+    """Of a token, what a live chunk keeps on one of so many of "tensor"."""
+    return slot_bytes_per_token(self.local(parts), keep)
 
   def _lane(
     self, candidate: Candidate, kept: Kept
@@ -210,13 +205,12 @@ class Memory:
   ) -> dict[str, float]:
     """What a lane takes of whose tokens a device has so many."""
     cfg, layout = self.request.model, candidate.layout
-    local = self.local(layout.tensor)
     item = jnp.dtype(cfg.dtype).itemsize
     # They are whole on all devices of "tensor".
     inputs = tokens * (cfg.num_layers + 1) * cfg.d_model * item
     state = self._state(candidate).scaled(tokens / cfg.num_layers)
     part = candidate.chunk_size // layout.context
-    one = part * activation_bytes_per_token(local) / cfg.num_layers
+    one = part * self.slot(layout.tensor, candidate.keep) / cfg.num_layers
     rest = max(one + working + state.both, head + state.weights)
     copies = (self.factors.inputs - 1) * inputs + state.weights
     return {"layer inputs": inputs, "at work": max(rest, copies)}
@@ -269,14 +263,14 @@ class Memory:
     layout, cfg = candidate.layout, self.request.model
     part = candidate.chunk_size // layout.context
     keys, gradients = self._state(candidate)
-    one = part * _kept_bytes_per_token(local, candidate.keep)
+    one = part * self.slot(layout.tensor, candidate.keep)
     live = min(candidate.live_chunks, chunks)
     if candidate.schedule is None:
       copies = self.factors.live if live > 1 else 1
       return chunks * part * (keys + gradients), live * copies * one
     slots = slots_of(candidate.schedule, layout.stage, chunks, live)
     share = part / (layout.stage * slots.parts)
-    each = _kept_bytes_per_token(local, candidate.keep)
+    each = self.slot(layout.tensor, candidate.keep)
     item = jnp.dtype(cfg.dtype).itemsize
     inbox = slots.inbox * part * cfg.d_model * item
     # What W reads of a chunk is taken to be as much as what B reads.
@@ -318,8 +312,8 @@ class Memory:
     beside = self._beside(candidate, kept)
     state = 0.0 if candidate.kv_memory == "host" else keys
     working = part * working_bytes_per_token(local) / 3
-    gathered = max(
-      2 * kept.gathered_layer.weights, 2 * kept.gathered_head.weights
+    gathered = self.factors.turned * max(
+      kept.gathered_layer.weights, kept.gathered_head.weights
     )
     return (
       beside["parameters"]

@@ -62,8 +62,18 @@ def test_live_chunks_and_what_they_keep(make_request):
   one, four = (parts(request, live_chunks=n)["live chunks"] for n in (1, 4))
   assert four == 4 * one
   inputs = parts(request, keep="inputs")["live chunks"]
-  # The layer's input and attention's output, each 1024 wide.
-  assert inputs == 2048 * 8 * 2 * 2048 < one
+  # The layer's input and attention's output, each 1024 wide in bf16, and the
+  # log-sum-exp of eight heads in fp32.
+  assert inputs == 2048 * 8 * (2 * 2 * 1024 + 8 * 4) < one
+
+
+def test_norms_behind_a_layer_make_chunks_keep_more(make_request):
+  plain, normed = (
+    parts(make_request(model={"post_norms": normed}))["live chunks"]
+    for normed in (False, True)
+  )
+  # What the MLP gives, before its norm.
+  assert normed - plain == 2048 * 8 * 2 * 1024
 
 
 def test_keys_on_the_host_are_not_on_the_device(make_request):

@@ -82,6 +82,27 @@ def test_what_a_device_of_many_keeps(config, sizes):
   assert own <= update.device - kept["parameters"] < own + 2 * one["parameters"]
 
 
+def test_the_peak_is_at_most_the_sum_of_all_that_is_named(config):
+  kept = fits.kept_bytes(config)
+  for need in fits.needs(config, TARGET, 60):
+    assert kept["parameters"] + kept["optimizer"] < need.peak <= need.device
+
+
+def test_chunks_that_keep_their_inputs_alone_need_less(config):
+  config.train.live_chunks = 4
+  every, inputs = (
+    fits.lane_need(
+      dataclasses.replace(
+        config, train=dataclasses.replace(config.train, keep=keep)
+      ),
+      TARGET,
+      1024,
+    ).device
+    for keep in ("all", "inputs")
+  )
+  assert inputs < every
+
+
 def test_sums_over_devices_are_counted(config):
   config.layout.data = 8
   names = [need.program for need in fits.needs(config, TARGET, 60)]
@@ -111,6 +132,8 @@ def test_what_the_compiler_refuses_is_told_with_its_size():
   lowered.text = "RESOURCE_EXHAUSTED: HLO temporaries (1.5G) exceeds\nmore"
   need = fits._need("x", lowered, 100, 7)
   assert need.device == 100 + 12 + 3 * 2**29 and need.host == 7
+  # Named is all that the program takes, its arguments too.
+  assert need.peak == 100 + 3 * 2**29
   assert need.refused == lowered.text.partition("\n")[0]
   lowered.text = "INTERNAL: something else"
   with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):

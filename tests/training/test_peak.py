@@ -18,6 +18,7 @@ pytestmark = pytest.mark.fast
     ("NVIDIA A100-SXM4-40GB", 312e12),
     ("NVIDIA L4", 121e12),
     ("NVIDIA L40S", 362e12),
+    ("NVIDIA GeForce RTX 4090", 165.2e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5", 459e12),
     ("TPU v6 lite", 918e12),

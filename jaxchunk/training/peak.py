@@ -10,8 +10,8 @@ import jax.numpy as jnp
 # Dense bf16 products of one device as jax counts devices, in FLOP/s. The
 # longest prefix of `device_kind` counts. Sources: NVIDIA's data sheets of A100,
 # L4, L40S, H100, H200, B200 (half of the figures "with sparsity") and the RTX
-# 4090 (with sums in fp32); Google Cloud's pages of the TPU generations, by chip,
-# divided by two where a chip shows as two devices (v2, v3, 7x).
+# 4090 (with sums in fp32); Google Cloud's pages of the TPU generations, by
+# chip, divided by two where a chip shows as two devices (v2, v3, 7x).
 _BF16_PEAKS = {
   "NVIDIA A100": 312e12,
   "NVIDIA L4": 121e12,

@@ -1,6 +1,7 @@
 """Ways to run a model on a machine: what there is to choose from."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from jaxchunk.chunking.lanes import capacity_chunks
@@ -12,7 +13,7 @@ from jaxchunk.models.config import ModelConfig
 from jaxchunk.planner.devices import Machine
 from jaxchunk.planner.lengths import Lengths
 from jaxchunk.sharding.mesh import Layout, from_shape
-from jaxchunk.sharding.pipeline.tables import Schedule
+from jaxchunk.sharding.pipeline.tables import Pipeline, Schedule
 from jaxchunk.sharding.rules import Rules
 from jaxchunk.training import fits
 from jaxchunk.training.config import Config, LayoutConfig, TrainConfig
@@ -21,6 +22,7 @@ CHUNK_SIZES = (1024, 2048, 4096, 8192, 16384)
 LIVE_CHUNKS = (1, 2, 4, 8)
 SCHEDULES: tuple[Schedule, ...] = (
   "1f1b",
+  "1f1b_aligned",
   "interleaved",
   "zb_h1",
   "zb_v",
@@ -32,6 +34,7 @@ _LEAST_PART = 128
 _MOST_TENSOR = 8
 _MOST_STAGES = 16
 _OVER_CONTEXT = Rules({"embed": ("fsdp", "context")})
+_OVER_STAGES = Rules({"vocab": ("stage", "tensor")})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,8 @@ def layout_name(layout: Layout) -> str:
     sizes.append("fsdp_over_context")
   if layout.gather == "step":
     sizes.append("gather=step")
+  if layout.stage > 1 and "stage" in layout.rules["vocab"]:
+    sizes.append("vocab_over_stages")
   return ",".join(sizes) or "one device"
 
 
@@ -140,17 +145,20 @@ def layout_config(layout: Layout) -> LayoutConfig:
   """The part of a configuration that says a layout.
 
   Raises:
-    ValueError: It has stages, which a run cannot have yet.
+    ValueError: Its stages are not even, which a run cannot say.
   """
-  if layout.stage > 1:
-    raise ValueError(f"layout.stage={layout.stage}: a run has one stage so far")
+  if layout.pipeline.layers is not None:
+    raise ValueError(f"pipeline.layers={layout.pipeline.layers}: leave it out")
   return LayoutConfig(
+    stage=layout.stage,
     data=layout.data,
     fsdp=layout.fsdp,
     expert=layout.expert,
     context=layout.context,
     tensor=layout.tensor,
     fsdp_over_context="context" in layout.rules["embed"],
+    schedule=layout.pipeline.schedule,
+    vocab_over_stages="stage" in layout.rules["vocab"],
     gather=layout.gather,
   )
 
@@ -158,8 +166,11 @@ def layout_config(layout: Layout) -> LayoutConfig:
 def layouts(request: Request) -> Iterator[Layout]:
   """The layouts of all devices that can split the model."""
   for sizes in _sizes(request.machine.count):
-    for rules in (Rules(), _OVER_CONTEXT):
-      if rules is _OVER_CONTEXT and sizes["context"] == 1:
+    for rules in (Rules(), _OVER_CONTEXT, _OVER_STAGES):
+      needs = {_OVER_CONTEXT: "context", _OVER_STAGES: "stage"}.get(rules)
+      if needs is not None and sizes[needs] == 1:
+        continue
+      if rules is _OVER_CONTEXT and sizes["stage"] > 1:
         continue
       layout = dataclasses.replace(from_shape(sizes), rules=rules)
       if not _splits(layout, request.model):
@@ -199,8 +210,9 @@ def _splits(layout: Layout, cfg: ModelConfig) -> bool:
   except (ValueError, NotImplementedError):
     return False
   period = len(cfg.window_pattern)
+  vocab = math.prod(layout.shape[axis] for axis in layout.rules["vocab"])
   whole = [
-    (cfg.vocab_size, layout.tensor),
+    (cfg.vocab_size, vocab),
     (cfg.mlp_width, layout.tensor),
     (cfg.moe.d_ff if cfg.moe else 0, layout.tensor),
     (cfg.num_layers, layout.stage * (period if layout.stage > 1 else 1)),
@@ -230,9 +242,29 @@ def candidates(request: Request, *, lean: bool = False) -> Iterator[Candidate]:
       if size > request.chunk_sizes[0] and size >= 2 * longest:
         continue
       chunks = capacity_chunks(-(-longest // size))
-      for way in _ways(layout, chunks):
+      for way in _ways(layout, request.model, chunks):
         if not lean or way.live_chunks == 1:
           yield dataclasses.replace(way, chunk_size=size)
+
+
+def _staged_ways(
+  layout: Layout, cfg: ModelConfig, chunks: int
+) -> Iterator[Candidate]:
+  """By each schedule whose stages all have as many layers."""
+  for schedule in SCHEDULES:
+    pipeline = Pipeline(schedule=schedule)
+    stages = pipeline.placement(layout.stage).stages
+    if cfg.num_layers % (stages * len(cfg.window_pattern)):
+      continue
+    for live in LIVE_CHUNKS:
+      if live <= chunks:
+        yield Candidate(
+          layout=dataclasses.replace(layout, pipeline=pipeline),
+          strategy="chunk_outer",
+          chunk_size=0,
+          live_chunks=live,
+          schedule=schedule,
+        )
 
 
 def _is_lean(layout: Layout) -> bool:
@@ -241,19 +273,10 @@ def _is_lean(layout: Layout) -> bool:
   return layout.stage * layout.data == 1 and layout.gather == "layer" and over
 
 
-def _ways(layout: Layout, chunks: int) -> Iterator[Candidate]:
+def _ways(layout: Layout, cfg: ModelConfig, chunks: int) -> Iterator[Candidate]:
   """Of lanes of so many chunks at most; for a chunk of any size."""
   if layout.stage > 1:
-    for live in LIVE_CHUNKS:
-      if live <= chunks:
-        for schedule in SCHEDULES:
-          yield Candidate(
-            layout=layout,
-            strategy="chunk_outer",
-            chunk_size=0,
-            live_chunks=live,
-            schedule=schedule,
-          )
+    yield from _staged_ways(layout, cfg, chunks)
     return
   for strategy in STRATEGIES if chunks > 1 else STRATEGIES[:1]:
     if strategy == "layer_outer":

@@ -38,18 +38,15 @@ class Compiler:
     self.request, self.say = request, say
     self._known: dict[Any, fits.Need] = {}
 
-  def needs(self, candidate: Candidate) -> dict[str, fits.Need] | None:
+  def needs(self, candidate: Candidate) -> dict[str, fits.Need]:
     """What each program of a candidate needs, by the compiler's account.
 
     Returns:
-      By the names of `Predicted.programs`; `None` of a pipeline, whose
-      programs cannot be compiled yet.
+      By the names of `Predicted.programs`.
 
     Raises:
       RuntimeError: What compiles for the target is not installed.
     """
-    if candidate.layout.stage > 1:
-      return None
     found = {}
     for program in self._programs(candidate):
       if program.key not in self._known:
@@ -65,7 +62,7 @@ class Compiler:
   def _programs(self, candidate: Candidate) -> Iterator[Program]:
     config = config_of(self.request, candidate)
     target, longest = self.request.machine.target, self.request.lengths.longest
-    name = layout_name(candidate.layout)
+    name = f"{layout_name(candidate.layout)} {candidate.schedule}"
     yield Program(
       "lane", candidate, lambda: fits.lane_need(config, target, longest)
     )
@@ -77,7 +74,8 @@ class Compiler:
         "sums", ("sums", name), lambda: fits.sums_need(config, target)
       )
     size = candidate.chunk_size
-    if config.train.eval_every:
+    # Over stages the loss is that of the gradient's program.
+    if config.train.eval_every and candidate.layout.stage == 1:
       tokens = min(longest, config.train.eval_tokens)
       capacity = capacity_chunks(-(-tokens // size)) * size
       yield Program(

@@ -1,6 +1,5 @@
 """What a layout has each device keep, gather and send of a model."""
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -122,8 +121,9 @@ class _Leaves(NamedTuple):
     positions = [name for name in found if isinstance(name, int)]
     layers = [one for position in positions for one in found[position]]
     each = [
+      # A stage has its own layers alone.
       _sum(one[1] for one in found[position]).scaled(
-        1 / model.cfg.layers_of(position)
+        layout.stage / model.cfg.layers_of(position)
       )
       for position in positions
     ]
@@ -174,36 +174,30 @@ class Model:
 
   def kept(self, layout: Layout) -> Kept:
     """Of a layout; each of its stages has as many layers as the others."""
-    stages = layout.stage
-    layout = dataclasses.replace(layout, stage=1)
     layers, head, rest = _Leaves.of(self.model, self.trainable, layout)
     one = Candidate(layout=layout, strategy="chunk_outer", chunk_size=1024)
     optimizer, host = fits.optimizer_bytes(config_of(self.request, one))
-    stored = _sum([layers.stored.scaled(1 / stages), head.stored, rest.stored])
-    updated = layers.updated / stages + head.updated + rest.updated
-    # Moments are split as gradients are updated.
-    part = updated / (layers.updated + head.updated + rest.updated)
     split = layout.gather == "layer" and layout.splits("embed")
     shared = layout.fsdp
     if "context" in layout.rules["embed"]:
       shared *= layout.context
     share = (shared - 1) / shared
     return Kept(
-      stored=stored,
-      updated=updated,
+      stored=_sum([layers.stored, head.stored, rest.stored]),
+      updated=layers.updated + head.updated + rest.updated,
       updated_head=head.updated,
       updated_embedding=rest.updated,
-      optimizer=optimizer * part,
-      optimizer_host=host * part,
-      used=_sum([layers.used.scaled(1 / stages), head.used, rest.used]),
+      optimizer=optimizer,
+      optimizer_host=host,
+      used=_sum([layers.used, head.used, rest.used]),
       layer=layers.largest,
       head=head.used,
       gathered_layer=layers.largest.scaled(split),
       gathered_head=head.used.scaled(split),
-      sent_layers=layers.used.scaled(share / stages),
+      sent_layers=layers.used.scaled(share),
       sent_head=head.used.scaled(share),
       shared=shared,
-      copies=layout.num_devices > shared * layout.tensor,
+      copies=layout.num_devices > shared * layout.tensor * layout.stage,
     )
 
 

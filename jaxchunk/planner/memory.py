@@ -23,6 +23,8 @@ from jaxchunk.models.config import ModelConfig
 from jaxchunk.planner.candidates import Candidate, Request
 from jaxchunk.planner.kept import Kept, Model, Pair, slot_bytes_per_token
 from jaxchunk.planner.pipeline import slots_of
+from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.pipeline.tables import Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +135,13 @@ class Memory:
   def __init__(self, request: Request):
     self.request = request
     self.factors = _FACTORS[request.machine.target.platform]
-    self.kept = functools.cache(Model(request).kept)
+    self._kept = functools.cache(Model(request).kept)
     self.slot = functools.cache(self._slot)
     self.local = functools.cache(functools.partial(local_config, request.model))
+
+  def kept(self, layout: Layout) -> Kept:
+    """The parameters of a layout, whose schedule is no matter."""
+    return self._kept(dataclasses.replace(layout, pipeline=Pipeline()))
 
   def predict(self, candidate: Candidate) -> Predicted:
     """Bytes of a device while each program of a run is running."""
@@ -145,7 +151,8 @@ class Memory:
       "lane": sum(parts.values()),
       "update": self._update(candidate, kept),
     }
-    if self.request.train.eval_every:
+    # Over stages the loss is that of the gradient's program.
+    if self.request.train.eval_every and candidate.layout.stage == 1:
       programs["evaluation"] = self._evaluation(candidate, kept)
     if candidate.layout.num_devices > 1:
       programs["sums"] = self._sums(candidate, kept)
@@ -166,10 +173,14 @@ class Memory:
     size = candidate.chunk_size
     chunks = capacity_chunks(-(-self.request.lengths.longest // size))
     part = size // candidate.layout.context
-    local = self.local(candidate.layout.tensor)
+    layout = candidate.layout
+    local = self.local(layout.tensor)
     parts = self._beside(candidate, kept)
     working = self._working(candidate, kept)
-    head = self._head(kept, part, local)
+    vocab = local.vocab_size
+    if "stage" in layout.rules["vocab"]:
+      vocab //= layout.stage
+    head = self._head(kept, part, dataclasses.replace(local, vocab_size=vocab))
     if candidate.strategy == "layer_outer" and chunks > 1:
       parts |= self._layer_outer(candidate, chunks * part, working, head)
       return parts, kept.optimizer_host

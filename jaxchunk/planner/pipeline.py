@@ -1,14 +1,24 @@
-"""Stages: what waits and what is kept, until a pipeline is simulated.
+"""Stages: how long they take, and what they keep.
 
-`pipeline_seconds` is the one place that says how long stages take.
+`pipeline_seconds` goes by the published bubble, for the thousands of candidates
+that are weighed; `simulated_seconds` runs the table in lockstep, as devices do,
+for those that are left.
 """
 
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxchunk.chunking.cost import (
+  attention_flops,
+  head_flops_per_token,
+  layer_flops_per_token,
+)
+from jaxchunk.models.config import ModelConfig
+from jaxchunk.planner.candidates import Candidate
+from jaxchunk.sharding.pipeline.simulate import Costs, lockstep
 from jaxchunk.sharding.pipeline.slots import sizes_of
-from jaxchunk.sharding.pipeline.table import Lanes
+from jaxchunk.sharding.pipeline.table import Lanes, Table
 from jaxchunk.sharding.pipeline.tables import Schedule, build
 
 # The bubble in times of a chunk's F + B + W on one of P devices, over P - 1,
@@ -48,6 +58,48 @@ def pipeline_seconds(
   return each + bubble
 
 
+def simulated_seconds(
+  cfg: ModelConfig, candidate: Candidate, lanes: Sequence[int], flops: float
+) -> float:
+  """How long lanes take through a pipeline, tick by tick.
+
+  Args:
+    cfg: The model.
+    candidate: Its schedule, chunk size and layout.
+    lanes: Chunks of each lane of a group, in the order in which they run.
+    flops: FLOPs a second of a stage's devices.
+
+  Returns:
+    Seconds in lockstep. Attention counts what a chunk sees, in products of two
+    forward and five backward; the head is on the last stage or on all.
+  """
+  assert candidate.schedule is not None
+  size, stages = candidate.chunk_size, candidate.layout.stage
+  token = layer_flops_per_token(cfg) * size / stages
+  own = attention_flops(cfg, 0, size) / stages
+  more = attention_flops(cfg, size, 2 * size) / stages - own
+  costs = Costs(
+    f=token + own,
+    b=token + 2.5 * own,
+    w=token,
+    f_prefix=more,
+    b_prefix=2.5 * more,
+    head=3 * head_flops_per_token(cfg) * size,
+    everywhere="stage" in candidate.layout.rules["vocab"],
+  )
+  table = _table(
+    candidate.schedule, stages, tuple(lanes), candidate.live_chunks
+  )
+  return lockstep(table, costs).makespan / flops
+
+
+@functools.lru_cache(maxsize=256)
+def _table(
+  schedule: Schedule, stages: int, lanes: tuple[int, ...], live: int
+) -> Table:
+  return build(schedule, stages, Lanes(lanes, live))
+
+
 class Slots(NamedTuple):
   """Chunks that a device has room for, by what is kept of them.
 
@@ -83,7 +135,7 @@ def slots_of(schedule: Schedule, stages: int, chunks: int, live: int) -> Slots:
   """
   laid = min(chunks, _LONGEST)
   lanes = Lanes((laid, *[1] * (_BEHIND * stages)), live)
-  table = build(schedule, stages, lanes)
+  table = _table(schedule, stages, lanes.sizes, live)
   sizes, longer = sizes_of(table), chunks / laid
   return Slots(
     inbox=sizes.inbox,

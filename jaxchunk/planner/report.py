@@ -11,7 +11,6 @@ from jaxchunk.planner.seconds import EFFICIENCY
 from jaxchunk.training.config import LayoutConfig, TrainConfig
 
 _GIB = 2**30
-_STAGED = 3
 
 
 def progress(line: str) -> None:
@@ -24,18 +23,15 @@ def table(plan: Plan, most: int = 10) -> str:
 
   Args:
     plan: From `make_plan`.
-    most: Lines, but for those of pipelines and of what was refused.
+    most: Lines, but for those of what was refused.
   """
-  runs = [c for c in plan.choices if c.candidate.layout.stage == 1]
-  staged = [c for c in plan.choices if c.candidate.layout.stage > 1]
   # Compiled ones are shown wherever they are.
   lines = [_head(plan)]
   lines += [
-    _line(c) for n, c in enumerate(runs) if n < most or c.compiled is not None
+    _line(c)
+    for n, c in enumerate(plan.choices)
+    if n < most or c.compiled is not None
   ]
-  if staged:
-    lines.append("pipelines, which runs cannot have yet:")
-    lines += [_line(c) for c in staged[:_STAGED]]
   if plan.refused:
     lines.append("by formula these fit, compiled they do not:")
     lines += [_line(c) for c in plan.refused]
@@ -46,9 +42,7 @@ def text(plan: Plan, most: int = 10) -> str:
   """A plan's table, what its best is made of, and how to run it."""
   best = plan.best
   parts = [table(plan, most), f"best: {best.candidate}", details(best)]
-  if best.candidate.layout.stage == 1:
-    parts.append(command(plan, best))
-  return "\n\n".join(parts)
+  return "\n\n".join([*parts, command(plan, best)])
 
 
 def _head(plan: Plan) -> str:
@@ -147,7 +141,6 @@ def as_json(plan: Plan, most: int = 50) -> dict[str, Any]:
 
 def _values(request: Request, choice: Choice) -> dict[str, Any]:
   candidate, compiled = choice.candidate, choice.compiled
-  staged = candidate.layout.stage > 1
   return {
     "name": str(candidate),
     "layout": candidate.layout.shape,
@@ -164,5 +157,5 @@ def _values(request: Request, choice: Choice) -> dict[str, Any]:
     and {name: need.peak for name, need in compiled.items()},
     "step_seconds": choice.step.seconds,
     "tokens_per_second": choice.step.tokens_per_second,
-    "flags": None if staged else flags_of(request, candidate),
+    "flags": flags_of(request, candidate),
   }

@@ -26,7 +26,7 @@ from jaxchunk.models.config import ModelConfig
 from jaxchunk.planner.candidates import Candidate, Request
 from jaxchunk.planner.kept import Kept
 from jaxchunk.planner.memory import Memory
-from jaxchunk.planner.pipeline import pipeline_seconds
+from jaxchunk.planner.pipeline import pipeline_seconds, simulated_seconds
 
 EFFICIENCY = 0.5
 """Share of the peak that products reach."""
@@ -140,13 +140,20 @@ class Clock:
       self.request.model, plan, live_chunks=live, strategy=strategy
     )
 
-  def step(self, candidate: Candidate) -> Step:
-    """The time of a step of a candidate."""
-    steps = [self._step(n, candidate) for n in range(len(self.batches))]
+  def step(self, candidate: Candidate, *, simulate: bool = False) -> Step:
+    """The time of a step of a candidate.
+
+    Args:
+      candidate: How it runs.
+      simulate: Whether its stages are simulated tick by tick.
+    """
+    steps = [
+      self._step(n, candidate, simulate) for n in range(len(self.batches))
+    ]
     means = [sum(values) / len(steps) for values in zip(*steps, strict=True)]
     return Step(*means)
 
-  def _step(self, batch: int, candidate: Candidate) -> Step:
+  def _step(self, batch: int, candidate: Candidate, simulate: bool) -> Step:
     plan = self._plan(batch, candidate.chunk_size)
     cost = self._cost(
       batch, candidate.chunk_size, candidate.live_chunks, candidate.strategy
@@ -158,7 +165,8 @@ class Clock:
       for lane, flops in zip(plan.lanes, cost.lanes, strict=True)
     ]
     busy = max(
-      self._groups(candidate, plan, lanes), key=lambda one: one.seconds
+      self._groups(candidate, plan, lanes, simulate),
+      key=lambda one: one.seconds,
     )
     seconds = busy.seconds + self._end(candidate)
     machine = self.request.machine
@@ -212,7 +220,11 @@ class Clock:
     return pairs * (3 * keys + 2 * gradients)
 
   def _groups(
-    self, candidate: Candidate, plan: ChunkPlan, lanes: Sequence["_Busy"]
+    self,
+    candidate: Candidate,
+    plan: ChunkPlan,
+    lanes: Sequence["_Busy"],
+    simulate: bool,
   ) -> list["_Busy"]:
     """What each team of groups has to do."""
     layout = candidate.layout
@@ -227,7 +239,7 @@ class Clock:
     if candidate.schedule is None:
       return [_sum([slowest[n] for n in mine]) for mine in dealt]
     return [
-      self._staged(candidate, plan, [rows[n][0] for n in mine], lanes)
+      self._staged(candidate, plan, [rows[n][0] for n in mine], lanes, simulate)
       for mine in dealt
     ]
 
@@ -237,19 +249,29 @@ class Clock:
     plan: ChunkPlan,
     mine: Sequence[int],
     lanes: Sequence["_Busy"],
+    simulate: bool,
   ) -> "_Busy":
     assert candidate.schedule is not None
-    chunks: list[float] = []
-    for lane in mine:
-      count = plan.lanes[lane].num_chunks
-      chunks += [lanes[lane].seconds / count] * count
+    counts = [plan.lanes[lane].num_chunks for lane in mine]
     stages = candidate.layout.stage
     total = _sum([lanes[lane] for lane in mine])
-    return _Busy(
-      pipeline_seconds(chunks, stages, candidate.schedule),
-      total.products / stages,
-      total.copies / stages,
-    )
+    if simulate and counts:
+      layout = candidate.layout
+      share = layout.context * layout.tensor
+      seconds = simulated_seconds(
+        self.request.model,
+        candidate,
+        counts,
+        share * EFFICIENCY * self.request.machine.flops,
+      )
+      # What is sent, and whatever else is no product, as of lanes alone.
+      seconds *= total.seconds / total.products
+    else:
+      chunks: list[float] = []
+      for lane, count in zip(mine, counts, strict=True):
+        chunks += [lanes[lane].seconds / count] * count
+      seconds = pipeline_seconds(chunks, stages, candidate.schedule)
+    return _Busy(seconds, total.products / stages, total.copies / stages)
 
   def _end(self, candidate: Candidate) -> float:
     """Sums over devices and the update, behind the last lane."""

@@ -190,10 +190,8 @@ def test_what_a_layout_cannot_do_is_named():
       model, batch, layout=layout, **{"chunk_size": 16} | options
     )
 
-  with pytest.raises(
-    NotImplementedError, match=r"stage=2: .* is Layout\(data=2, context=4\)"
-  ):
-    run(Layout(stage=2, context=4))
+  with pytest.raises(ValueError, match=r"num_layers=3 cannot .* 8 stages"):
+    run(Layout(stage=8))
   with pytest.raises(
     ValueError, match=r"num_kv_heads=2; .* is Layout\(context=4, tensor=2\)"
   ):

@@ -80,7 +80,8 @@ def test_programs_that_candidates_share_are_compiled_once(
     assert set(compiler.needs(candidate)) == set(counts)
   assert counts == {"lane": 2, "update": 1, "sums": 1, "evaluation": 1}
   staged = dataclasses.replace(one, layout=Layout(stage=4), schedule="1f1b")
-  assert compiler.needs(staged) is None
+  # Their loss is that of the gradient's program.
+  assert set(compiler.needs(staged)) == {"lane", "update", "sums"}
 
 
 def test_when_nothing_fits_it_says_what_to_change(make_request):
@@ -121,7 +122,6 @@ def test_the_report_tells_how_to_run_it(make_request):
   assert str(best.candidate) in text
   assert f"{best.predicted.peak / GIB:.2f}" in text
   assert "not measured" in text
-  assert best.candidate.layout.stage == 1
   flags = report.flags_of(plan.request, best.candidate)
   for flag in flags:
     assert flag in text
@@ -129,8 +129,6 @@ def test_the_report_tells_how_to_run_it(make_request):
     owner = {f.name: f for f in dataclasses.fields(Config)}[section]
     assert field in {f.name for f in dataclasses.fields(owner.type)}
   assert f"--config.train.chunk_size={best.candidate.chunk_size}" in flags
-  # Pipelines are told of, and not as something that a run can have.
-  assert "pipelines, which runs cannot have yet" in text
 
 
 def test_a_plan_as_values(make_request):

@@ -15,6 +15,7 @@ from jaxchunk.planner.memory import Memory
 from jaxchunk.planner.pipeline import pipeline_seconds
 from jaxchunk.planner.seconds import EFFICIENCY, Clock, sent_bytes
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.pipeline.tables import Pipeline
 from jaxchunk.sharding.rules import Rules
 from jaxchunk.sharding.traffic import traffic
 
@@ -144,3 +145,24 @@ def test_nothing_is_compiled_for_a_time(make_request):
   count = len(jax.live_arrays())
   clock(make_request()).step(ONE)
   assert len(jax.live_arrays()) == count
+
+
+def test_a_simulated_pipeline_waits_as_its_table_does(make_request):
+  """Long prefixes leave zero-bubble schedules little to fill with."""
+  request = make_request("h200:4", lengths=(262144, 262144))
+  staged = {
+    schedule: Candidate(
+      layout=Layout(stage=4, pipeline=Pipeline(schedule=schedule)),
+      strategy="chunk_outer",
+      chunk_size=4096,
+      schedule=schedule,
+    )
+    for schedule in ("1f1b", "1f1b_aligned", "zb_v")
+  }
+  found = {
+    name: clock(request).step(candidate, simulate=True).seconds
+    for name, candidate in staged.items()
+  }
+  one = clock(request).step(staged["zb_v"]).seconds
+  assert found["1f1b_aligned"] < found["zb_v"]
+  assert one < min(found.values())

@@ -67,7 +67,7 @@ def apply_at_once(optimizer: optax.GradientTransformation) -> Apply:
 
 
 def apply_by_layer(
-  optimizer: optax.GradientTransformation, stacks: str
+  optimizer: optax.GradientTransformation, stacks: str, groups: int = 1
 ) -> Apply:
   """The update of one layer after the other; the state may be on the host.
 
@@ -75,6 +75,8 @@ def apply_by_layer(
     optimizer: Updates each layer of each array by itself.
     stacks: The entry of the parameters whose values are stacks: the leading
       axis of each array in a stack is its layers.
+    groups: Pipeline stages, which have a part of each stack's layers each: one
+      layer of every stage goes through the loop at a time.
   """
   at_once = apply_at_once(optimizer)
 
@@ -108,8 +110,9 @@ def apply_by_layer(
 
       def layer(at: Any, carry: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
         whole, own = carry
-        one, g = (_slice(a, at) for a in (whole, grads[stacks][index]))
-        mine = _slice(own, at)
+        one, g, mine = (
+          _slice(a, at, groups) for a in (whole, grads[stacks][index], own)
+        )
         one = {stacks: {index: one}}
         new, new_part = at_once(
           one,
@@ -121,10 +124,13 @@ def apply_by_layer(
         )
         found = _by_name(new_part)
         mine = _store({name: found[name] for name in mine}, mine)
-        return _put(whole, new[stacks][index], at), _put(own, mine, at)
+        return (
+          _put(whole, new[stacks][index], at, groups),
+          _put(own, mine, at, groups),
+        )
 
       whole = params[stacks][index]
-      layers = len(jax.tree.leaves(whole)[0])
+      layers = len(jax.tree.leaves(whole)[0]) // groups
       whole, own = lax.fori_loop(0, layers, layer, (whole, own))
       after.update(own)
       return whole
@@ -202,11 +208,29 @@ def _store(new: Tree, like: Tree) -> Tree:
   )
 
 
-def _slice(stack: Tree, at: Any) -> Tree:
-  return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, at, 1, 0), stack)
+def _slice(stack: Tree, at: Any, groups: int) -> Tree:
+  """Layer `at` of each group of layers, `[groups, ...]` of each array."""
+
+  def of_one(x: Array) -> Array:
+    if groups == 1:
+      return lax.dynamic_slice_in_dim(x, at, 1, 0)
+    return lax.dynamic_slice_in_dim(_grouped(x, groups), at, 1, 1)[:, 0]
+
+  return jax.tree.map(of_one, stack)
 
 
-def _put(stack: Tree, one: Tree, at: Any) -> Tree:
-  return jax.tree.map(
-    lambda x, new: lax.dynamic_update_slice_in_dim(x, new, at, 0), stack, one
-  )
+def _put(stack: Tree, one: Tree, at: Any, groups: int) -> Tree:
+  """The inverse of `_slice`."""
+
+  def into(x: Array, new: Array) -> Array:
+    if groups == 1:
+      return lax.dynamic_update_slice_in_dim(x, new, at, 0)
+    whole = _grouped(x, groups)
+    whole = lax.dynamic_update_slice_in_dim(whole, new[:, None], at, 1)
+    return whole.reshape(x.shape)
+
+  return jax.tree.map(into, stack, one)
+
+
+def _grouped(x: Array, groups: int) -> Array:
+  return x.reshape(groups, -1, *x.shape[1:])

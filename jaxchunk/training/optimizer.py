@@ -215,6 +215,15 @@ def init_state(
   return OptimizerState(zeros[0], zeros[1], zeros[2], optimizer.init(params))
 
 
+def _stages(kept: Params | None) -> int:
+  """Over how many devices the layers of stacks are split."""
+  leaves = jax.tree.leaves({} if kept is None else kept.get(_STACKS, {}))
+  if not leaves or not isinstance(leaves[0], NamedSharding):
+    return 1
+  first = next(iter(leaves[0].spec), None)
+  return math.prod(leaves[0].mesh.shape[axis] for axis in axis_names(first))
+
+
 Update = Callable[
   [Params, OptimizerState, Array, Array, Params],
   tuple[Params, OptimizerState, UpdateMetrics],
@@ -251,7 +260,7 @@ def make_update(
   # Between codes of 8 bits and new ones lie several arrays in fp32, which a
   # TPU's compiler does not fuse; at once they would be those of all layers.
   if train.optimizer_memory == "host" or train.optimizer == "adamw8bit":
-    apply = apply_by_layer(optimizer, _STACKS)
+    apply = apply_by_layer(optimizer, _STACKS, _stages(kept))
 
   @functools.partial(
     jax.jit, donate_argnums=(0, 1), out_shardings=(kept, places, None)

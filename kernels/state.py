@@ -218,6 +218,14 @@ class KVPrefix:
       options["blocks"] = self.blocks
     return options
 
+  def backward_options(self, place: ChunkPlace) -> dict[str, Any]:
+    """What the backward pass takes."""
+    options = self.options
+    if place.cotangent_start is not None and self.implementation != "xla":
+      # Chunks lie anywhere: no block of keys is to reach into two.
+      options["dkv_multiple"] = self.chunk_size
+    return options
+
   def attend_bwd(
     self,
     state: Arrays,
@@ -246,7 +254,7 @@ class KVPrefix:
       dv_cache,
       dkv_start=first,
       layer=layer,
-      **self.options,
+      **self.backward_options(place),
     )
     # Every later chunk has been differentiated: this chunk's part is whole.
     at = _at(layer, place.start - first)

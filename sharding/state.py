@@ -96,7 +96,7 @@ class KVContext(KVPrefix):
           *cotangent,
           dkv_start=place.start - own_rows(place),
           layer=layer,
-          **self.options,
+          **self.backward_options(place),
         )
         return vary_like((tuple(sums), dq), q, state)
 

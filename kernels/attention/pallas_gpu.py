@@ -50,6 +50,7 @@ from jaxchunk.kernels.attention.hopper.forward import (
   forward_body,
 )
 from jaxchunk.kernels.attention.hopper.problem import (
+  KEYS,
   LOG2E,
   ROWS,
   WORKERS,
@@ -141,6 +142,7 @@ def gpu_backward(
   *,
   dlse: Float[Array, "B K G T"] | None = None,
   dkv_start: Any = 0,
+  dkv_multiple: int = 0,
   layer: Any = 0,
   scale: float,
   softcap: float | None = None,
@@ -164,6 +166,8 @@ def gpu_backward(
     dv: Accumulator for the gradient of v.
     dlse: Cotangent of lse, or `None` for zero.
     dkv_start: The key at row 0 of dk and dv; may be traced, may be negative.
+    dkv_multiple: What the rows of dk and dv begin and end at multiples of; 0
+      is what they have by themselves.
     layer: Which layer; may be traced.
     scale: Factor on the scores.
     softcap: Cap on the scores.
@@ -185,6 +189,12 @@ def gpu_backward(
   if dk.dtype != jnp.float32 or dv.dtype != jnp.float32:
     raise NotImplementedError(
       f"the GPU kernel adds into fp32, not dk {dk.dtype} and dv {dv.dtype}; "
+      "implementation='xla' can"
+    )
+  if dkv_multiple % KEYS:
+    raise NotImplementedError(
+      f"the GPU kernel adds {KEYS} keys at a time, which do not divide "
+      f"{dkv_multiple}, after which another lane may come; "
       "implementation='xla' can"
     )
   blocks = choose_blocks(P.H, mask, P.S, blocks)

@@ -335,6 +335,7 @@ def tpu_backward(
   *,
   dlse: Float[Array, "B K G T"] | None = None,
   dkv_start: Any = 0,
+  dkv_multiple: int = 0,
   layer: Any = 0,
   scale: float,
   softcap: float | None = None,
@@ -360,6 +361,8 @@ def tpu_backward(
     dkv_start: The key at row 0 of dk and dv, a multiple of the block of keys;
       may be traced, may be negative. If it is traced and no multiple, the
       gradients are NaN.
+    dkv_multiple: A multiple of the blocks of keys, so that a traced `dkv_start`
+      that is a multiple of this is one of theirs; 0 is any.
     layer: Which layer; may be traced.
     scale: Factor on the scores.
     softcap: Cap on the scores.
@@ -375,7 +378,12 @@ def tpu_backward(
   Raises:
     NotImplementedError: See `unsupported`.
   """
-  sizes = _sizes(q, k, mask, blocks, interpret, dk=dk, dkv_start=dkv_start)
+  sizes = _sizes(
+    *(q, k, mask, blocks, interpret),
+    dk=dk,
+    dkv_start=dkv_start,
+    dkv_multiple=dkv_multiple,
+  )
   B, K, G, T, H = q.shape
   grid = Grid(T, k.shape[3], sizes.q_bwd, sizes.kv_bwd)
   make = functools.partial(
@@ -444,11 +452,20 @@ def _sizes(
   *,
   dk: Array | None = None,
   dkv_start: Any = 0,
+  dkv_multiple: int = 0,
 ) -> TpuBlocks:
-  reason = unsupported(q, k, mask, blocks=blocks, dk=dk, dkv_start=dkv_start)
+  reason = unsupported(
+    *(q, k, mask),
+    blocks=blocks,
+    dk=dk,
+    dkv_start=dkv_start,
+    dkv_multiple=dkv_multiple,
+  )
   if reason is not None and not interpret:
     raise NotImplementedError(
       f"the TPU kernels of attention cannot run here: {reason}; "
       'implementation="xla" can'
     )
-  return choose_blocks(q, k, mask, blocks=blocks, dk=dk)
+  return choose_blocks(
+    q, k, mask, blocks=blocks, dk=dk, dkv_multiple=dkv_multiple
+  )

@@ -15,6 +15,11 @@ import jaxchunk as jc
 from jaxchunk.chunking import chunk_outer, executor, pipeline
 from jaxchunk.chunking.delayed import Delayed, delayed_steps, start_delayed
 from jaxchunk.chunking.staging import Staging
+from jaxchunk.kernels.attention.mask import AttentionMask
+from jaxchunk.kernels.attention.pallas_gpu import gpu_backward
+from jaxchunk.kernels.attention.tpu.work import choose_blocks
+from jaxchunk.kernels.state import ChunkPlace
+from jaxchunk.kernels.state_arena import KVArena
 from jaxchunk.models.adapters import add_lora
 from jaxchunk.models.lora import LoRA
 from jaxchunk.models.moe import MoE
@@ -22,6 +27,7 @@ from jaxchunk.sharding.mesh import Layout
 from jaxchunk.sharding.pipeline.table import Lanes, Placement
 from jaxchunk.sharding.pipeline.tables import BUILDERS, Pipeline, one_f_one_b
 from jaxchunk.sharding.rules import Rules
+from jaxchunk.sharding.state import KVContext
 from jaxchunk.types import Batch
 from tests.chunking.conftest import PLAIN, RICH, build, make_batch
 
@@ -290,3 +296,39 @@ def test_a_delay_of_exactly_one_step(x64, layout, cfg, delayed):
     for a, b in zip(got, jax.tree.leaves(weights), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
     assert int(state.steps) == 4
+
+
+@pytest.mark.parametrize("kind", [KVArena, KVContext])
+def test_kernels_take_no_block_of_keys_that_two_chunks_share(kind):
+  """Chunks lie at any multiple of their size, in both arenas."""
+  state = kind(
+    num_kv_heads=2,
+    head_dim=128,
+    chunk_size=256,
+    scale=1.0,
+    implementation="pallas_tpu",
+  )
+  zero = jnp.zeros((), jnp.int32)
+  ids = jnp.zeros((1, 256), jnp.int32)
+  place = ChunkPlace(zero, zero, ids, ids, cotangent_start=zero)
+  assert state.backward_options(place)["dkv_multiple"] == 256
+  array = jax.ShapeDtypeStruct
+  q, k = (
+    array((1, 2, 2, 256, 128), "bfloat16"),
+    array((1, 1, 2, 1024, 128), "bfloat16"),
+  )
+  assert choose_blocks(q, k, AttentionMask()).kv_bwd == 512
+  assert choose_blocks(q, k, AttentionMask(), dkv_multiple=256).kv_bwd == 256
+  with pytest.raises(
+    NotImplementedError, match=r"128 keys .* divide 64"
+  ):
+    _gpu_backward_of_arenas(64)
+
+
+def _gpu_backward_of_arenas(multiple):
+  q = jnp.zeros((1, 1, 4, 128, 64), jnp.bfloat16)
+  k = jnp.zeros((1, 1, 1, 128, 64), jnp.bfloat16)
+  dk = jnp.zeros(k.shape, jnp.float32)
+  lse = jnp.zeros(q.shape[:4])
+  arrays = (q, k, k, AttentionMask(), q, lse, q, dk, dk)
+  gpu_backward(*arrays, dkv_multiple=multiple, scale=1.0)

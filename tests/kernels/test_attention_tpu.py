@@ -222,14 +222,17 @@ def test_the_backward_pass_adds_into_a_part_of_the_callers_buffers(H, dtype):
     for _ in range(2)
   ]
 
-  @jax.jit
-  def passes(layer, start, offset, dk, dv):
+  @functools.partial(jax.jit, static_argnames="multiple")
+  def passes(layer, start, offset, dk, dv, multiple=0):
     options = {"scale": H**-0.5, "blocks": SMALL, "layer": layer}
     options["interpret"] = True
     mask = seen._replace(offset=offset).mask()
     o, lse = pallas_tpu.tpu_forward(q, k, v, mask, **options)
     return pallas_tpu.tpu_backward(
-      *(q, k, v, mask, o, lse, do, dk, dv), dkv_start=start, **options
+      *(q, k, v, mask, o, lse, do, dk, dv),
+      dkv_start=start,
+      dkv_multiple=multiple,
+      **options,
     )
 
   dq, *grads = passes(layer, start, 32, *buffers)
@@ -246,7 +249,14 @@ def test_the_backward_pass_adds_into_a_part_of_the_callers_buffers(H, dtype):
     # Keys that no query sees keep their bits: blocks of 16 from key 48 on.
     np.testing.assert_array_equal(got[layer, :, :, 32:], old[layer, :, :, 32:])
   # A start that no block has is not rounded to one in silence.
-  assert all(np.isnan(a).any() for a in passes(layer, start + 8, 32, *buffers))
+  assert all(np.isnan(a).any() for a in passes(layer, start - 8, 32, *buffers))
+  # Blocks are smaller where starts are multiples of less.
+  dq, *moved = passes(layer, start - 8, 32, *buffers, multiple=8)
+  np.testing.assert_allclose(ungrouped(dq), want.dq, rtol=0, atol=2e-5)
+  for got, other, old in zip(moved, grads, buffers, strict=True):
+    got, other = (np.asarray(a - old, np.float64)[layer] for a in (got, other))
+    atol = 1e-5 if dtype == "float32" else 0.05
+    np.testing.assert_allclose(got[:, :, 8:40], other[:, :, :32], atol=atol)
 
 
 def test_a_query_that_sees_nothing_gives_zero_and_no_nan():

@@ -36,6 +36,7 @@ def choose_blocks(
   *,
   blocks: TpuBlocks | None = None,
   dk: Float[Array, "L B K R H"] | None = None,
+  dkv_multiple: int = 0,
 ) -> TpuBlocks:
   """The blocks that `tpu_forward` and `tpu_backward` use.
 
@@ -46,6 +47,7 @@ def choose_blocks(
     blocks: Upper bounds; by default from a table, for the device that the
       program is made for.
     dk: Accumulator of the backward pass, if it holds a part of the keys.
+    dkv_multiple: What blocks of keys divide in the backward pass besides.
 
   Returns:
     Sizes that divide the lengths, of whole lanes where the lengths are.
@@ -66,11 +68,12 @@ def choose_blocks(
   S = k.shape[3]
   if mask.block_table is not None:
     T, S = math.gcd(T, mask.q_block), math.gcd(S, mask.kv_block)
+  rows = S if dk is None else math.gcd(S, dk.shape[3])
   return TpuBlocks(
     _divisor(T, blocks.q),
     _divisor(S, blocks.kv),
     _divisor(T, blocks.q_bwd),
-    _divisor(S if dk is None else math.gcd(S, dk.shape[3]), blocks.kv_bwd),
+    _divisor(math.gcd(rows, dkv_multiple), blocks.kv_bwd),
   )
 
 
@@ -88,6 +91,7 @@ def unsupported(
   blocks: TpuBlocks | None = None,
   dk: Float[Array, "L B K R H"] | None = None,
   dkv_start: Any = 0,
+  dkv_multiple: int = 0,
 ) -> str | None:
   """Why these kernels cannot serve the arguments; `None` if they can.
 
@@ -99,6 +103,7 @@ def unsupported(
     dk: Accumulator of the backward pass, if it will be run.
     dkv_start: The key at row 0 of `dk`. A traced one is not looked at, and
       must be a multiple of the block of keys.
+    dkv_multiple: As `tpu_backward`.
 
   Returns:
     The reason, as the end of a sentence.
@@ -119,10 +124,13 @@ def unsupported(
     lengths |= {"q_block": mask.q_block, "kv_block": mask.kv_block}
   if dk is not None:
     lengths["the rows of dk"] = dk.shape[3]
+  lengths["dkv_multiple"] = dkv_multiple
   for name, length in lengths.items():
     if length % LANES:
       return f"{name}={length} is not a multiple of {LANES}"
-  sizes = choose_blocks(q, k, mask, blocks=blocks, dk=dk)
+  sizes = choose_blocks(
+    q, k, mask, blocks=blocks, dk=dk, dkv_multiple=dkv_multiple
+  )
   for bq, bk in ((sizes.q, sizes.kv), (sizes.q_bwd, sizes.kv_bwd)):
     grid = Grid(T, S, bq, bk)
     lists = 1 if mask.block_table is None else _lists(mask, q)

@@ -211,6 +211,8 @@ def lower_chunked(
     NotImplementedError: The layout does not go with the options.
   """
   check_trainable(model, trainable)
+  if layout is not None and layout.stage > 1:
+    strategy = strategy or "chunk_outer"
   if not isinstance(capacity, int | np.integer) or capacity < 1:
     raise ValueError(f"capacity={capacity!r} must be a positive integer")
   options = make_options(

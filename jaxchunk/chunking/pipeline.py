@@ -185,6 +185,14 @@ def stored_shards(layout: Layout, model: Transformer) -> Shards:
   return Shards.of(model, layout)
 
 
+def stored_as_run(layout: Layout, cfg: ModelConfig) -> bool:
+  """Whether stages have their layers where these are kept anyway."""
+  if layout.stage == 1:
+    return True
+  placement = layout.pipeline.placement(layout.stage)
+  return Staging.of(cfg, placement, layout.pipeline.layers).as_is
+
+
 class Static(NamedTuple):
   """What a program of stages is compiled for, besides shapes.
 

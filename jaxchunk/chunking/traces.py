@@ -139,6 +139,7 @@ def trace_loss_over(
   """`trace_over` for the program of `loss_sum_over`."""
   if layout.stage > 1:
     # The loss is that of the gradient's program.
+    options = options._replace(strategy="chunk_outer")
     return trace_over(layout, model, capacity, options, mesh=mesh)
   mesh = layout.mesh() if mesh is None else mesh
   shapes = _Shapes.of(layout, model, capacity, options, mesh)

@@ -22,7 +22,13 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxchunk.chunking.executor import loss_program, make_options
 from jaxchunk.chunking.gradient import abstract_lane, lower_chunked
 from jaxchunk.chunking.lanes import capacity_chunks
-from jaxchunk.chunking.traces import trace_loss_over, trace_sums_over
+from jaxchunk.chunking.pipeline import stored_as_run
+from jaxchunk.chunking.traces import (
+  trace_loss_over,
+  trace_stages,
+  trace_sums_over,
+)
+from jaxchunk.chunking.turns import GROUPS
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.models.transformer import Transformer
 from jaxchunk.sharding.mesh import Layout
@@ -139,6 +145,8 @@ def lane_need(config: Config, target: Target, capacity: int) -> Need:
     capacity: Of the lane, in tokens; rounded up to a power of two of chunks.
   """
   train, mesh = config.train, _mesh(config, target)
+  if config.layout.stage > 1:
+    return _stages_need(config, target, capacity)
   with tracing_for(target.device):
     lowered = lower_chunked(
       _model(config, target),
@@ -158,6 +166,40 @@ def lane_need(config: Config, target: Target, capacity: int) -> Need:
   return _need(program, lowered, device + _stored_beside(config), host)
 
 
+def _stages_need(config: Config, target: Target, capacity: int) -> Need:
+  """Of a batch whose lanes are that long: stages have several under way."""
+  train, layout = config.train, config.layout.layout()
+  assert layout is not None
+  model = _model(config, target)
+  options = make_options(
+    model,
+    chunk_size=train.chunk_size,
+    live_chunks=train.live_chunks,
+    strategy=strategy_of(config),
+    trainable=initial.trainable(config.model),
+    implementation=train.implementation,
+  )
+  lanes = _lanes_of_batch(config, layout, capacity)
+  with tracing_for(target.device):
+    mesh = _mesh(config, target)
+    lowered = trace_stages(layout, model, lanes, options, mesh=mesh).lower()
+  program = f"stages with lanes of {capacity:,} tokens"
+  device, host = optimizer_bytes(config)
+  return _need(program, lowered, device + _stored_beside(config), host)
+
+
+def _lanes_of_batch(
+  config: Config, layout: Layout, capacity: int
+) -> tuple[int, ...]:
+  """Chunks of a group's lanes: as many long ones as there are tokens for."""
+  size = config.train.chunk_size
+  groups = math.prod(layout.shape[axis] for axis in GROUPS)
+  total = -(-config.data.batch_tokens // (size * groups))
+  chunks = -(-capacity // size)
+  count = max(total // chunks, 1)
+  return (chunks,) * count + (1,) * max(total - count * chunks, 0)
+
+
 def evaluation_need(config: Config, target: Target, capacity: int) -> Need:
   """Of the loss of held-out sequences, as `executor.loss_sum` runs it."""
   train, layout = config.train, config.layout.layout()
@@ -165,6 +207,8 @@ def evaluation_need(config: Config, target: Target, capacity: int) -> Need:
   options = make_options(
     model,
     chunk_size=train.chunk_size,
+    live_chunks=train.live_chunks,
+    trainable=initial.trainable(config.model),
     implementation=train.implementation,
     kv_memory=train.kv_memory,
   )
@@ -203,9 +247,14 @@ def sums_need(config: Config, target: Target) -> Need:
 
 
 def _stored_beside(config: Config) -> int:
-  """Bytes of parameters in parts while programs have them whole."""
+  """Bytes of parameters as they are kept, where programs have others.
+
+  Gathered ones, or in the order of the stages.
+  """
   layout = config.layout.layout()
-  if layout is None or layout.gather == "layer":
+  if layout is None:
+    return 0
+  if layout.gather == "layer" and stored_as_run(layout, config.model):
     return 0
   return kept_bytes(config)["parameters"]
 

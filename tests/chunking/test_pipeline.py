@@ -319,9 +319,7 @@ def test_kernels_take_no_block_of_keys_that_two_chunks_share(kind):
   )
   assert choose_blocks(q, k, AttentionMask()).kv_bwd == 512
   assert choose_blocks(q, k, AttentionMask(), dkv_multiple=256).kv_bwd == 256
-  with pytest.raises(
-    NotImplementedError, match=r"128 keys .* divide 64"
-  ):
+  with pytest.raises(NotImplementedError, match=r"128 keys .* divide 64"):
     _gpu_backward_of_arenas(64)
 
 
@@ -332,3 +330,17 @@ def _gpu_backward_of_arenas(multiple):
   lse = jnp.zeros(q.shape[:4])
   arrays = (q, k, k, AttentionMask(), q, lse, q, dk, dk)
   gpu_backward(*arrays, dkv_multiple=multiple, scale=1.0)
+
+
+def test_stages_choose_the_strategy_that_runs_over_them():
+  """With as many key heads as heads one device would have layers outside."""
+  cfg = dataclasses.replace(_SMALL, num_kv_heads=4).frozen()
+  layout = Layout(stage=2)
+  lowered = jc.lower_chunked(
+    build(cfg, "float32"),
+    capacity=32,
+    chunk_size=16,
+    layout=layout,
+    mesh=layout.mesh(jax.devices()[:2]),
+  )
+  assert "collective_permute" in lowered.as_text()

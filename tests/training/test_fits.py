@@ -113,6 +113,34 @@ def test_sums_over_devices_are_counted(config):
   assert least <= need.device < least + 3 * kept["gradients"]
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
+def test_stages_are_counted_with_the_lanes_that_are_under_way(config, schedule):
+  # As many key heads as heads: on one device layers would be outside.
+  config.model = dataclasses.replace(
+    config.model, num_layers=4, num_kv_heads=2, vocab_size=264
+  )
+  config.layout.stage, config.layout.data = 2, 4
+  config.layout.schedule = schedule
+  config.data.batch_tokens = 4 * 128
+  needs = {need.program: need for need in fits.needs(config, TARGET, 100)}
+  assert list(needs) == [
+    "stages with lanes of 128 tokens",
+    "stages with lanes of 64 tokens",
+    "evaluation of 128 tokens",
+    "sums over devices",
+    "update",
+  ]
+  one = needs["stages with lanes of 128 tokens"].device
+  kept = fits.kept_bytes(config)
+  # A V takes layers in another order than they are kept in.
+  copies = 2 if schedule == "zb_v" else 1
+  assert one >= sum(kept.values()) + (copies - 1) * kept["parameters"]
+  config.data.batch_tokens *= 4
+  # Keys, values and their gradients, in fp32.
+  lane = 4 * 4 * 2 * 16 * 128 // 2
+  assert fits.lane_need(config, TARGET, 128).device >= one + lane
+
+
 def test_frozen_parameters_count_during_an_update(config):
   config.model = dataclasses.replace(config.model, lora=LoRA(rank=2))
   kept = fits.kept_bytes(config)

@@ -77,13 +77,13 @@ class Delayed:
 
 
 class DelayedState(NamedTuple):
-  """What one call of `delayed_steps` leaves for the next.
+  """What one call of `delayed_steps` leaves for the next, which uses it up.
 
   Attributes:
     model: The weights W[t].
     previous: W[t-1] of what is trained, in the order of `trainable`.
     opt_state: Of the optimizer, for lists in that order.
-    last: u[t-1]; zero before the first update.
+    last: u[t-1], in at least fp32; zero before the first update.
     steps: t.
   """
 
@@ -99,9 +99,14 @@ def start_delayed(
 ) -> DelayedState:
   """The state before the first batch."""
   chosen, _ = Subset(options.trainable.chosen).split(model)
-  zeros = [jnp.zeros_like(a) for a in chosen]
-  opt_state = delayed.optimizer.init(chosen)
-  return DelayedState(model, chosen, opt_state, zeros, jnp.zeros((), jnp.int32))
+  wide = [widened(a) for a in chosen]
+  zeros = [jnp.zeros_like(a) for a in wide]
+  # Buffers of their own: the first call donates them, and not the model.
+  previous, opt_state = jax.tree.map(
+    jnp.copy, (chosen, delayed.optimizer.init(wide))
+  )
+  steps = jnp.zeros((), jnp.int32)
+  return DelayedState(model, previous, opt_state, zeros, steps)
 
 
 def delayed_steps(
@@ -115,9 +120,12 @@ def delayed_steps(
 ) -> tuple[DelayedState, Float[Array, " N"]]:
   """Takes a step for each batch, without waiting between them.
 
+  Without dropout, which needs a key for each step.
+
   Args:
     layout: The stages, and what else devices share.
-    state: From `start_delayed`, or the last call.
+    state: From `start_delayed`, or the last call; all of it but the model is
+      donated.
     batches: Sequences of each batch.
     options: From `make_options`.
     delayed: How weights change.
@@ -128,12 +136,19 @@ def delayed_steps(
     that its gradient was taken at.
 
   Raises:
-    ValueError: As `check_stages`; or layers are not the same on all stages.
+    ValueError: As `check_stages`; or layers are not the same on all stages, or
+      a batch weighs nothing.
     NotImplementedError: As `check_stages`.
   """
   model = state.model
   check_stages(layout, model.cfg, options)
   mesh = layout.mesh() if mesh is None else mesh
+  sums = [executor.weight_of(batch) for batch in batches]
+  if not all(sums):
+    raise ValueError(
+      f"weights of batches[{sums.index(0)}] sum to 0: there is nothing to "
+      "train on; leave it out"
+    )
   plan = _plan(layout, model, batches, options)
   static, _ = Static.of(layout, model, plan.table, options)
   if not static.staging.as_is:
@@ -152,17 +167,19 @@ def delayed_steps(
   updates = np.zeros(rows.shape[0], np.int32)
   updates[list(plan.table.updates)] = 1 + np.arange(len(batches))
   wide = np.dtype(jnp.promote_types(model.cfg.dtype, jnp.float32))
-  weights = np.asarray([executor.weight_of(b) for b in batches], wide)
+  weights = np.asarray(sums, wide)
   numbers = [put(a, everywhere) for a in (batch_of, updates, weights)]
-  parts = _specs(state, options, static, delayed)
-  placed = jax.tree.map(
+  specs = _specs(state, options, static, delayed)
+  leaves, treedef = jax.tree.flatten(model)
+  leaves, history = jax.tree.map(
     lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)),
-    _arrays(state),
-    parts,
+    (leaves, tuple(state[1:])),
+    specs,
   )
-  results, losses = _delayed_program(
-    state.model,
-    placed,
+  model = jax.tree.unflatten(treedef, leaves)
+  newest, history, losses = _delayed_program(
+    model,
+    history,
     lane,
     rows,
     ticks,
@@ -171,12 +188,10 @@ def delayed_steps(
     mesh=mesh,
     static=static,
     delayed=delayed,
-    specs=_Frozen.of(parts),
+    specs=_Frozen.of(specs),
   )
-  leaves, previous, opt_state, last, steps = results
-  treedef = jax.tree.structure(model)
-  model = jax.tree.unflatten(treedef, leaves)
-  return DelayedState(model, previous, opt_state, last, steps), losses
+  _, rebuild = Subset(options.trainable.chosen).split(model)
+  return DelayedState(rebuild(newest), *history), losses
 
 
 class _Plan(NamedTuple):
@@ -219,18 +234,17 @@ def _plan(
   return _Plan(table, dealt, lanes, batch_of)
 
 
-# Weights, W[t-1], the optimizer's state, u[t-1], t.
-_Arrays = tuple[list[Array], list[Array], Any, list[Array], Array]
-
-
-def _arrays(state: DelayedState) -> _Arrays:
-  return (jax.tree.leaves(state.model), *state[1:])
+# W[t-1], the optimizer's state, u[t-1], t.
+_History = tuple[list[Array], Any, list[Array], Array]
 
 
 def _specs(
   state: DelayedState, options: Options, static: Static, delayed: Delayed
 ) -> Any:
-  """How all that is split: the optimizer's state as its parameters."""
+  """How the model and what goes with it are split.
+
+  The optimizer's state is as its parameters.
+  """
   count = len(options.trainable.chosen)
   leaves = [static.shards.spec(n) for n in range(count)]
   mine = [
@@ -245,7 +259,7 @@ def _specs(
     mine,
     transform_non_params=lambda _: NOWHERE,
   )
-  return leaves, mine, opt_state, mine, NOWHERE
+  return leaves, (mine, opt_state, mine, NOWHERE)
 
 
 class _Frozen(NamedTuple):
@@ -268,10 +282,11 @@ class _Frozen(NamedTuple):
 @functools.partial(
   jax.jit,
   static_argnames=("options", "mesh", "static", "delayed", "specs"),
+  donate_argnames=("history",),
 )
 def _delayed_program(
   model: Transformer,
-  arrays: _Arrays,
+  history: _History,
   lane: Lane,
   rows: Array,
   ticks: Array,
@@ -284,14 +299,16 @@ def _delayed_program(
   static: Static,
   delayed: Delayed,
   specs: _Frozen,
-) -> tuple[_Arrays, Array]:
-  """Runs the batches on every device; the model's own arrays are not used."""
+) -> tuple[list[Array], _History, Array]:
+  """Runs the batches on every device: W[t] of what is trained, and the rest."""
   stage = arena_stage(options, model.cfg, mesh, static)
-  treedef = jax.tree.structure(model)
+  leaves, treedef = jax.tree.flatten(model)
+  subset = Subset(options.trainable.chosen)
   count = weights.shape[0]
 
   def local(
-    arrays: _Arrays,
+    leaves: list[Array],
+    history: _History,
     lane: Any,
     rows: Any,
     ticks: Any,
@@ -300,8 +317,7 @@ def _delayed_program(
     weights: Any,
   ) -> Any:
     rows = rows[:, 0]
-    leaves, previous, opt_state, last, steps = arrays
-    subset = Subset(options.trainable.chosen)
+    previous, opt_state, last, steps = history
     chosen, rebuild = subset.split(leaves)
 
     def base(version: list[Array], grads: list[Array]) -> ChunkOps:
@@ -342,20 +358,20 @@ def _delayed_program(
     )
     new, old = state.versions[::-1] if count % 2 == 0 else state.versions
     losses = lax.psum(state.losses, (STAGE, *SUMMED)) / weights
-    found = (rebuild(new), old, state.opt_state, state.last, state.steps)
-    return found, losses
+    return new, (old, state.opt_state, state.last, state.steps), losses
 
   by_lane, _ = lane_specs()
-  parts = specs.tree()
+  whole, parts = specs.tree()
+  mine, _ = subset.split(whole)
   run = jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(parts, by_lane, ROWS, NOWHERE, NOWHERE, NOWHERE, NOWHERE),
-    out_specs=(parts, NOWHERE),
+    in_specs=(whole, parts, by_lane, ROWS, *[NOWHERE] * 4),
+    out_specs=(mine, parts, NOWHERE),
     check_vma=True,
   )
-  result: tuple[_Arrays, Array] = run(
-    arrays, lane, rows, ticks, batch_of, updates, weights
+  result: tuple[list[Array], _History, Array] = run(
+    leaves, history, lane, rows, ticks, batch_of, updates, weights
   )
   return result
 
@@ -409,11 +425,13 @@ class _DelayedOps:
     )
 
   def close(self, state: _State, y: Array, row: Row) -> tuple[_State, Array]:
-    before = state.inner.loss
+    # From zero: what a chunk adds to the sum of many would be rounded to that.
+    none = jnp.zeros_like(state.inner.loss)
+    state = state._replace(inner=state.inner._replace(loss=none))
     state, dy = self._run(
       state, row.close_item, y, lambda ops, inner, y: ops.close(inner, y, row)
     )
-    part = state.inner.loss - before
+    part = state.inner.loss
     losses = state.losses.at[self.batch_of[row.close_item]].add(part)
     return state._replace(losses=losses), dy
 
@@ -475,6 +493,9 @@ class _DelayedOps:
         whole = self._corrected(state, change)
         weights = optax.apply_updates(newest, whole)
         zeros = [jnp.zeros_like(g) for g in state.grads[n]]
+        opt_state = jax.tree.map(
+          lambda new, old: new.astype(old.dtype), opt_state, state.opt_state
+        )
         return state._replace(
           grads=_with(state.grads, n, zeros),
           versions=_with(state.versions, n, weights),

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxchunk as jc
-from jaxchunk.chunking import chunk_outer, executor, pipeline
+from jaxchunk.chunking import chunk_outer, executor, parallel, pipeline
 from jaxchunk.chunking.delayed import Delayed, delayed_steps, start_delayed
 from jaxchunk.chunking.staging import Staging
 from jaxchunk.kernels.attention.mask import AttentionMask
@@ -296,6 +296,43 @@ def test_a_delay_of_exactly_one_step(x64, layout, cfg, delayed):
     for a, b in zip(got, jax.tree.leaves(weights), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
     assert int(state.steps) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_delayed_steps_of_adapters_use_up_only_what_they_made(dtype):
+  model = add_lora(build(_SMALL, dtype), LoRA(rank=2, alpha=4.0))
+  layout, batch = Layout(stage=2), Batch.of(make_batch(_LONG)).examples()
+  mesh = layout.mesh(jax.devices()[:2])
+  delayed = Delayed(optimizer=optax.adamw(1e-2), correction=0.5)
+  options = executor.make_options(
+    model, chunk_size=16, strategy="chunk_outer", trainable=nnx.LoRAParam
+  )
+  # Where it stays, so that nothing is a copy.
+  model = parallel.place_model(layout, model, mesh)
+  start = start_delayed(model, options, delayed)
+  state, losses = delayed_steps(
+    layout, start, [batch, batch], options, delayed, mesh=mesh
+  )
+  assert all(np.isfinite(losses)) and losses[0] == losses[1]
+  assert all(a.is_deleted() for a in start.previous)
+  frozen = nnx.state(model, nnx.Not(nnx.LoRAParam))
+  for old, new in zip(
+    jax.tree.leaves(frozen),
+    jax.tree.leaves(nnx.state(state.model, nnx.Not(nnx.LoRAParam))),
+    strict=True,
+  ):
+    pairs = zip(old.addressable_shards, new.addressable_shards, strict=True)
+    for a, b in pairs:
+      assert a.data.unsafe_buffer_pointer() == b.data.unsafe_buffer_pointer()
+  for a, b in zip(
+    jax.tree.leaves(nnx.state(model, nnx.LoRAParam)),
+    jax.tree.leaves(nnx.state(state.model, nnx.LoRAParam)),
+    strict=True,
+  ):
+    assert (a != b).any() and a.dtype == b.dtype
+  nothing = [dataclasses.replace(e, weights=0 * e.weights) for e in batch]
+  with pytest.raises(ValueError, match=r"batches\[1\] sum to 0"):
+    delayed_steps(layout, state, [batch, nothing], options, delayed, mesh=mesh)
 
 
 @pytest.mark.parametrize("kind", [KVArena, KVContext])

@@ -158,7 +158,9 @@ def delayed_steps(
     )
   whole = Lanes(plan.table.lanes.sizes, options.live_chunks)
   lane = place_chunks(
-    model, whole, plan.dealt, plan.lanes, options.chunk_size, mesh
+    *(model, whole, plan.dealt, plan.lanes, options.chunk_size),
+    static.room,
+    mesh,
   )
   rows, ticks = place_rows(plan.table, static, mesh)
   everywhere = NamedSharding(mesh, NOWHERE)
@@ -328,7 +330,7 @@ def _delayed_program(
         jax.tree.unflatten(treedef, here),
         lane,
         everywhere=static.everywhere,
-        drops=static.drops,
+        drops=static.room.drops,
       )
 
     shape = (*lane.tokens.shape[:1], stage.chunk_size, model.cfg.d_model)
@@ -336,7 +338,7 @@ def _delayed_program(
     ops = _DelayedOps(base, message, batch_of, weights, delayed)
     zeros = [jnp.zeros_like(widened(a)) for a in chosen]
     inner = base(chosen, zeros).init(
-      static.sizes, (jnp.zeros((), weights.dtype), zeros), rows
+      static.room.sizes, (jnp.zeros((), weights.dtype), zeros), rows
     )
     state = _State(
       inner._replace(grads=[]),
@@ -353,7 +355,7 @@ def _delayed_program(
       ticks,
       state,
       message,
-      inbox=static.sizes.inbox,
+      inbox=static.room.sizes.inbox,
       updates=updates,
     )
     new, old = state.versions[::-1] if count % 2 == 0 else state.versions

@@ -122,7 +122,9 @@ def accumulate_stages(
   table = layout.pipeline.table(layout.stage, whole)
   check_table(table)
   ready = _Ready.of(layout, model, table, options, mesh)
-  lane = place_chunks(model, whole, dealt, lanes, options.chunk_size, mesh)
+  lane = place_chunks(
+    *(model, whole, dealt, lanes, options.chunk_size), ready.static.room, mesh
+  )
   totals = zero_totals(mesh, options, ready.shards)(ready.model)
   rows, ticks = place_rows(table, ready.static, mesh)
   totals = stage_program(
@@ -193,24 +195,57 @@ def stored_as_run(layout: Layout, cfg: ModelConfig) -> bool:
   return Staging.of(cfg, placement, layout.pipeline.layers).as_is
 
 
+class Room(NamedTuple):
+  """What a program has room for.
+
+  Attributes:
+    sizes: Slots of a device.
+    chunks: Of a group, a power of two.
+    ticks: Likewise.
+    drops: Whether some forward passes keep nothing.
+  """
+
+  sizes: Sizes
+  chunks: int
+  ticks: int
+  drops: bool
+
+  @classmethod
+  def of(cls, table: Table) -> "Room":
+    """Just enough for a table."""
+    return cls(
+      sizes_of(table),
+      capacity_chunks(table.lanes.count),
+      capacity_chunks(len(table.ticks)),
+      not all(table.lanes.kept),
+    )
+
+  def merged(self, other: "Room") -> "Room":
+    """Enough for both."""
+    return Room(
+      self.sizes.merged(other.sizes),
+      max(self.chunks, other.chunks),
+      max(self.ticks, other.ticks),
+      self.drops or other.drops,
+    )
+
+
 class Static(NamedTuple):
   """What a program of stages is compiled for, besides shapes.
 
   Attributes:
     staging: Which layers each stage has.
     shards: How parameters are split, stage by stage.
-    sizes: Slots of a device.
+    room: For what batches.
     split: Whether gradients of matrices wait.
     everywhere: Whether embedding and head are over all stages.
-    drops: Whether some forward passes keep nothing.
   """
 
   staging: Staging
   shards: Shards
-  sizes: Sizes
+  room: Room
   split: bool
   everywhere: bool
-  drops: bool
 
   @classmethod
   def exactly(
@@ -221,9 +256,8 @@ class Static(NamedTuple):
     staged = staging.staged(model)
     shards = Shards.of(staged, layout)
     everywhere = STAGE in layout.rules["vocab"]
-    drops = not all(table.lanes.kept)
-    sizes = sizes_of(table)
-    static = cls(staging, shards, sizes, table.split, everywhere, drops)
+    room = Room.of(table)
+    static = cls(staging, shards, room, table.split, everywhere)
     return static, staged
 
   @classmethod
@@ -232,20 +266,22 @@ class Static(NamedTuple):
   ) -> "tuple[Static, Transformer]":
     """For all tables so far."""
     static, staged = cls.exactly(layout, model, table)
-    key = (layout, model.cfg, options, static.drops)
-    return static._replace(sizes=_grown(key, static.sizes)), staged
+    key = (layout, model.cfg, options, table.name)
+    return static._replace(room=_grown(key, static.room)), staged
 
 
-_SIZES: dict[Any, Sizes] = {}
+_ROOMS: dict[Any, Room] = {}
 
 
-def _grown(key: Any, sizes: Sizes) -> Sizes:
-  """The most slots that any batch so far needed.
+def _grown(key: Any, room: Room) -> Room:
+  """Enough for any batch so far.
 
-  So that batches of all kinds run the same programs, after the first few.
+  So that batches of all kinds run the same program, which is compiled again
+  only for one that needs more of anything than all before it.
   """
-  _SIZES[key] = sizes.merged(_SIZES.get(key, sizes))
-  return _SIZES[key]
+  room = room.merged(_ROOMS.get(key, room))
+  _ROOMS[key] = room
+  return room
 
 
 class _Ready(NamedTuple):
@@ -327,11 +363,11 @@ def stage_program(
       lane,
       everywhere=static.everywhere,
       split=static.split,
-      drops=static.drops,
+      drops=static.room.drops,
       rng=rng,
     )
     totals = jax.tree.map(lambda a: a[0], totals)
-    state = ops.init(static.sizes, totals, rows)
+    state = ops.init(static.room.sizes, totals, rows)
     timed: StageOps = ops
     if clock is not None:
       others = tuple(name for name in mesh.axis_names if name != STAGE)
@@ -344,7 +380,7 @@ def stage_program(
       ticks,
       state,
       message,
-      inbox=static.sizes.inbox,
+      inbox=static.room.sizes.inbox,
       split=static.split,
     )
     return jax.tree.map(lambda a: a[None], (state.loss, state.grads))
@@ -400,10 +436,10 @@ def _in_arena(state: Any) -> KVPrefix:
 
 
 def place_rows(table: Table, static: Static, mesh: Mesh) -> tuple[Array, Array]:
-  """The table on the devices, in the room of a power of two of ticks."""
+  """The table on the devices, and how many ticks it has."""
   count = len(table.ticks)
-  rows = rows_of(table, everywhere=static.everywhere, sizes=static.sizes)
-  stack = stacked(rows, capacity_chunks(count))
+  rows = rows_of(table, everywhere=static.everywhere, sizes=static.room.sizes)
+  stack = stacked(rows, static.room.ticks)
   ticks = put(np.asarray(count, np.int32), NamedSharding(mesh, NOWHERE))
   return put(stack, NamedSharding(mesh, ROWS)), ticks
 
@@ -414,10 +450,11 @@ def place_chunks(
   dealt: Dealt,
   lanes: Sequence[LaneArrays],
   chunk_size: int,
+  room: Room,
   mesh: Mesh,
 ) -> Lane:
   """All chunks of each group in a row, in the order of the table's items."""
-  length = capacity_chunks(whole.count) * chunk_size
+  length = room.chunks * chunk_size
   groups = len(dealt[0])
   wide = np.dtype(jnp.promote_types(model.cfg.dtype, jnp.float32))
   spec, _ = lane_specs()

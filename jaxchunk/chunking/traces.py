@@ -111,10 +111,11 @@ def trace_stages(
     for n, a in enumerate(leaves)
   ]
   model = jax.tree.unflatten(treedef, leaves)
-  ticks = capacity_chunks(len(table.ticks))
-  rows = _shape((ticks, layout.stage, len(Row._fields)), jnp.int32, mesh, ROWS)
+  rows = _shape(
+    (static.room.ticks, layout.stage, len(Row._fields)), jnp.int32, mesh, ROWS
+  )
   groups = math.prod(mesh.shape[axis] for axis in GROUPS)
-  size = (groups, capacity_chunks(lanes.count) * options.chunk_size)
+  size = (groups, static.room.chunks * options.chunk_size)
   return stage_program.trace(
     model,
     _lane(model, size, mesh),

@@ -279,7 +279,14 @@ def ids_of(pending: Pending) -> list[int]:
 
 
 def _compile(run: Run) -> None:
-  """Compiles the programs for all lengths, so that no later step has to."""
+  """Compiles the programs for all lengths, so that no later step has to.
+
+  Those of stages depend on all lanes of a batch, and come with it.
+  """
+  if run.config.layout.stage > 1:
+    say("Programs of stages are compiled in the steps that first need them")
+    run.clock = time.perf_counter()
+    return
   kept = run.corpus.lengths[run.corpus.reasons == KEPT]
   start_time = time.perf_counter()
   rng = run.key if _is_random(run) else None

@@ -166,6 +166,18 @@ def test_one_device_runs_the_table_of_one_stage():
     assert ops == chunk_outer.schedule(size, live)
 
 
+def test_smaller_batches_run_the_program_of_larger_ones():
+  """One program, also for lanes that are kept as a whole, and fewer ticks."""
+  # A model of its own, because rooms are remembered by what runs.
+  cfg = dataclasses.replace(_SMALL, norm_eps=3e-6).frozen()
+  layout, model = Layout(stage=2), build(cfg, "float32")
+  before = pipeline.stage_program._cache_size()
+  for rows in (((75, 9, 1), (70, 60, 14)), ((15,), (11, 4)), ((40, 3),)):
+    got = over(layout, model, rows=rows)
+    compared(got, jc.full_value_and_grad(model, make_batch(rows)), 1e-5)
+  assert pipeline.stage_program._cache_size() == before + 1
+
+
 def test_batches_of_all_kinds_run_few_programs():
   """Slots only grow, so that a batch seen before compiles nothing."""
   layout, model = Layout(stage=2), build(_SMALL, "float32")

@@ -55,8 +55,7 @@ def trace_over(
   mesh = layout.mesh() if mesh is None else mesh
   if layout.stage > 1:
     chunks = -(-int(capacity) // options.chunk_size)
-    # Lanes of one chunk behind it, so that no stage has room left over.
-    sizes = (chunks, *[1] * (2 * layout.stage))
+    sizes = lanes_under_way(chunks, chunks, layout.stage)
     return trace_stages(layout, model, sizes, options, mesh=mesh)
   shapes = _Shapes.of(layout, model, capacity, options, mesh)
   router = None
@@ -78,6 +77,21 @@ def trace_over(
     mesh=mesh,
     shards=shapes.shards,
   )
+
+
+def lanes_under_way(chunks: int, total: int, stages: int) -> tuple[int, ...]:
+  """Chunks of a group's lanes that need the most room of a batch's.
+
+  Args:
+    chunks: Of the longest.
+    total: Of all of the group's lanes in a batch.
+    stages: P.
+
+  Returns:
+    Two of the longest, where the batch has room for them, and behind them two
+    lanes of one chunk for each stage, so that none has room left over.
+  """
+  return (chunks,) * max(1, min(2, total // chunks)) + (1,) * (2 * stages)
 
 
 def trace_stages(

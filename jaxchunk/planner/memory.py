@@ -279,7 +279,9 @@ class Memory:
     if candidate.schedule is None:
       copies = self.factors.live if live > 1 else 1
       return chunks * part * (keys + gradients), live * copies * one
-    slots = slots_of(candidate.schedule, layout.stage, chunks, live)
+    size = candidate.chunk_size * candidate.groups
+    total = -(-self.request.batch_tokens // size)
+    slots = slots_of(candidate.schedule, layout.stage, chunks, total, live)
     share = part / (layout.stage * slots.parts)
     each = self.slot(layout.tensor, candidate.keep)
     item = jnp.dtype(cfg.dtype).itemsize

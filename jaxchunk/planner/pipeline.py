@@ -14,6 +14,7 @@ from jaxchunk.chunking.cost import (
   head_flops_per_token,
   layer_flops_per_token,
 )
+from jaxchunk.chunking.traces import lanes_under_way
 from jaxchunk.models.config import ModelConfig
 from jaxchunk.planner.candidates import Candidate
 from jaxchunk.sharding.pipeline.simulate import Costs, lockstep
@@ -33,10 +34,8 @@ _BUBBLES: dict[Schedule, float] = {
   "v_half": 1 / 2,
   "v_min": 2 / 3,
 }
-# What is laid out to count slots: chunks of the longest lane at most, and lanes
-# of one chunk behind it for each stage.
+# Chunks of the longest lane at most that are laid out to count slots.
 _LONGEST = 16
-_BEHIND = 2
 
 
 def pipeline_seconds(
@@ -121,8 +120,10 @@ class Slots(NamedTuple):
 
 
 @functools.cache
-def slots_of(schedule: Schedule, stages: int, chunks: int, live: int) -> Slots:
-  """What a device keeps of the longest lane with shorter ones behind it.
+def slots_of(
+  schedule: Schedule, stages: int, chunks: int, total: int, live: int
+) -> Slots:
+  """What a device keeps of the longest lanes with shorter ones behind them.
 
   Counted in the schedule's table; of a lane of more than 16 chunks in that of
   16, and the room for its keys in proportion.
@@ -131,17 +132,20 @@ def slots_of(schedule: Schedule, stages: int, chunks: int, live: int) -> Slots:
     schedule: By which they run.
     stages: P.
     chunks: Of the longest lane.
+    total: Of all of a group's lanes in a batch.
     live: K.
   """
   laid = min(chunks, _LONGEST)
-  lanes = Lanes((laid, *[1] * (_BEHIND * stages)), live)
+  sizes = lanes_under_way(laid, total * laid // chunks, stages)
+  lanes = Lanes(sizes, live)
   table = _table(schedule, stages, lanes.sizes, live)
-  sizes, longer = sizes_of(table), chunks / laid
+  slots, longer = sizes_of(table), chunks / laid
+  # What keeps nothing, and what nobody reads, have slots, too.
   return Slots(
-    inbox=sizes.inbox,
-    kept=sizes.kept,
-    owed=sizes.owed,
-    keys=sizes.state * longer,
-    gradients=sizes.cotangent * longer,
+    inbox=slots.inbox + 1,
+    kept=slots.kept + (not all(lanes.kept)),
+    owed=slots.owed,
+    keys=slots.state * longer,
+    gradients=slots.cotangent * longer,
     parts=table.placement.parts,
   )

@@ -24,6 +24,7 @@ from jaxchunk.chunking.gradient import abstract_lane, lower_chunked
 from jaxchunk.chunking.lanes import capacity_chunks
 from jaxchunk.chunking.pipeline import stored_as_run
 from jaxchunk.chunking.traces import (
+  lanes_under_way,
   trace_loss_over,
   trace_stages,
   trace_sums_over,
@@ -177,27 +178,19 @@ def _stages_need(config: Config, target: Target, capacity: int) -> Need:
     live_chunks=train.live_chunks,
     strategy=strategy_of(config),
     trainable=initial.trainable(config.model),
+    keep=train.keep,
     implementation=train.implementation,
   )
-  lanes = _lanes_of_batch(config, layout, capacity)
+  groups = math.prod(layout.shape[axis] for axis in GROUPS)
+  size = train.chunk_size
+  total = -(-config.data.batch_tokens // (size * groups))
+  lanes = lanes_under_way(-(-capacity // size), total, layout.stage)
   with tracing_for(target.device):
     mesh = _mesh(config, target)
     lowered = trace_stages(layout, model, lanes, options, mesh=mesh).lower()
   program = f"stages with lanes of {capacity:,} tokens"
   device, host = optimizer_bytes(config)
   return _need(program, lowered, device + _stored_beside(config), host)
-
-
-def _lanes_of_batch(
-  config: Config, layout: Layout, capacity: int
-) -> tuple[int, ...]:
-  """Chunks of a group's lanes: as many long ones as there are tokens for."""
-  size = config.train.chunk_size
-  groups = math.prod(layout.shape[axis] for axis in GROUPS)
-  total = -(-config.data.batch_tokens // (size * groups))
-  chunks = -(-capacity // size)
-  count = max(total // chunks, 1)
-  return (chunks,) * count + (1,) * max(total - count * chunks, 0)
 
 
 def evaluation_need(config: Config, target: Target, capacity: int) -> Need:

@@ -168,14 +168,15 @@ def simulated(clock: Clock, choices: Iterable[Choice]) -> list[Choice]:
   return sorted(found, key=_order)
 
 
-def _order(choice: Choice) -> tuple[int, bool, int]:
-  """The fastest first; of those as fast, what copies least and needs least.
+def _order(choice: Choice) -> tuple[int, bool, bool, int]:
+  """The fastest first; of those as fast the simplest, and what needs least.
 
   Times within a percent or so count as equal: they are not known as well.
   """
   on_host = choice.candidate.kv_memory == "host"
   steps = round(math.log(choice.step.seconds) / math.log1p(_CLOSE))
-  return steps, on_host, choice.predicted.peak
+  staged = choice.candidate.layout.stage > 1
+  return steps, on_host, staged, choice.predicted.peak
 
 
 def fits_by_formula(request: Request, predicted: Predicted) -> bool:

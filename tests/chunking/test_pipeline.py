@@ -129,6 +129,7 @@ def test_packed_microbatches_in_fp32(schedule):
   compared(got, reference(_SMALL, "float32", _PACKED), 1e-5)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
 def test_dropout_and_adapters(schedule):
   cfg = dataclasses.replace(_SMALL, dropout=0.2)
@@ -148,6 +149,7 @@ def test_experts_whose_gradients_wait(x64):
   compared(over(layout, build(cfg)), reference(cfg), 1e-11)
 
 
+@pytest.mark.fast
 def test_the_public_call_and_where_gradients_are(x64):
   layout = Layout(stage=4, data=2)
   got = jc.chunked_value_and_grad(

@@ -140,10 +140,11 @@ def slots_of(
   lanes = Lanes(sizes, live)
   table = _table(schedule, stages, lanes.sizes, live)
   slots, longer = sizes_of(table), chunks / laid
-  # What keeps nothing, and what nobody reads, have slots, too.
+  # Inputs of dropped chunks stay; what nobody reads has a slot, too.
+  drops = not all(lanes.kept)
   return Slots(
-    inbox=slots.inbox + 1,
-    kept=slots.kept + (not all(lanes.kept)),
+    inbox=slots.inbox * (longer if drops else 1) + 1,
+    kept=slots.kept + drops,
     owed=slots.owed,
     keys=slots.state * longer,
     gradients=slots.cotangent * longer,

@@ -13,6 +13,7 @@ from jaxchunk.planner.lengths import lengths_of
 from jaxchunk.planner.memory import Memory
 from jaxchunk.planner.plan import make_plan
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.pipeline.tables import Pipeline
 from jaxchunk.sharding.rules import Rules
 from jaxchunk.training.config import TrainConfig
 
@@ -30,6 +31,15 @@ CFG = ModelConfig(
 OVER = Rules({"embed": ("fsdp", "context")})
 CHUNK = Candidate(layout=Layout(), strategy="chunk_outer", chunk_size=2048)
 LAYER = dataclasses.replace(CHUNK, strategy="layer_outer")
+STAGED = dataclasses.replace(
+  CHUNK,
+  layout=Layout(
+    stage=4,
+    rules=Rules({"vocab": ("stage", "tensor")}),
+    pipeline=Pipeline(schedule="v_half"),
+  ),
+  schedule="v_half",
+)
 
 
 def asked(target, longest, cfg=CFG, **train):
@@ -41,17 +51,16 @@ def asked(target, longest, cfg=CFG, **train):
 @pytest.mark.parametrize(
   ("target", "longest", "candidate"),
   [
-    ("h200", 65536, CHUNK),
     ("h200", 65536, dataclasses.replace(CHUNK, live_chunks=4)),
     ("h200", 65536, LAYER),
     ("h200:4", 65536, dataclasses.replace(LAYER, layout=Layout(fsdp=4))),
-    ("v5e", 65536, CHUNK),
     ("v5e", 65536, LAYER),
     (
       "v5e:2x2",
       65536,
       dataclasses.replace(CHUNK, layout=Layout(fsdp=2, context=2, rules=OVER)),
     ),
+    ("v5e:2x2", 65536, STAGED),
   ],
   ids=str,
 )

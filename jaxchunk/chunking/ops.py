@@ -15,13 +15,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from jaxchunk.chunking.chunk import Chunk
 from jaxchunk.chunking.memory import MemorySpace
 from jaxchunk.chunking.scores import weighted_sum
 from jaxchunk.chunking.shards import Shards
+from jaxchunk.chunking.slots import load, store
 from jaxchunk.chunking.spans import Span, over_layers, put
 from jaxchunk.chunking.trainable import Subset, Trainable, widened
 from jaxchunk.kernels.cross_entropy.api import (
@@ -582,28 +582,3 @@ class Stage:
     grads = self.trainable.set_unembed(grads, accumulator)
     grads = self.trainable.add_final_norm(grads, d_norm)
     return weighted_sum(chunk.weights, nll), dx, grads
-
-
-def store(slots: Array, new: Array, slot: Any, layer: Any) -> Array:
-  """`slots[slot, layer] = new`, in place; slots are `[count, layers, ...]`."""
-  at = [jnp.asarray(n, jnp.int32) for n in (slot, layer, *[0] * new.ndim)]
-  return _in_order(lax.dynamic_update_slice(slots, new[None, None], at))
-
-
-def load(slots: Array, slot: Any, layer: Any) -> Array:
-  """`slots[slot, layer]`."""
-  shape = slots.shape[2:]
-  at = [jnp.asarray(n, jnp.int32) for n in (slot, layer, *[0] * len(shape))]
-  return lax.dynamic_slice(_in_order(slots), at, (1, 1, *shape))[0, 0]
-
-
-def _in_order(slots: Array) -> Array:
-  """With the last axis the fastest in memory.
-
-  Loops that write slots and loops that read them would choose layouts of their
-  own, and all slots be copied from one to the other between them. Not so where
-  a TPU would fill rows up to 128 with nothing: heads.
-  """
-  if slots.shape[-1] % 128:
-    return slots
-  return with_layout_constraint(slots, Layout(tuple(range(slots.ndim))))

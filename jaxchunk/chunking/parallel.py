@@ -70,17 +70,7 @@ def place_model(
     NotImplementedError: The model is quantized, and would be split.
   """
   mesh = layout.mesh() if mesh is None else mesh
-  return _put_model(model, pipeline.stored_shards(layout, model), mesh)
-
-
-def _put_model(model: Transformer, shards: Shards, mesh: Mesh) -> Transformer:
-  leaves, treedef = jax.tree.flatten(model)
-  placed = jax.device_put(leaves, _shardings(shards, len(leaves), mesh))
-  return jax.tree.unflatten(treedef, placed)
-
-
-def _shardings(shards: Shards, leaves: int, mesh: Mesh) -> list[NamedSharding]:
-  return [NamedSharding(mesh, shards.spec(n)) for n in range(leaves)]
+  return pipeline.stored_shards(layout, model).put(model, mesh)
 
 
 class _Ready:
@@ -104,7 +94,7 @@ class _Ready:
     self.shards = self.stored
     if layout.gather == "step":
       self.shards = self.stored.gathered()
-    self.model = _put_model(model, self.shards, mesh)
+    self.model = self.shards.put(model, mesh)
     self.rng = jax.device_put(rng, NamedSharding(mesh, NOWHERE))
 
 

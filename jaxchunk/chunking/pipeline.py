@@ -24,6 +24,7 @@ from jaxchunk.chunking.executor import Options, Sums
 from jaxchunk.chunking.lanes import LaneArrays, capacity_chunks, pad_lane
 from jaxchunk.chunking.layouts import check_stages
 from jaxchunk.chunking.ops import Stage
+from jaxchunk.chunking.plan import ChunkPlan
 from jaxchunk.chunking.programs import NOWHERE, local_stage
 from jaxchunk.chunking.shards import Shards
 from jaxchunk.chunking.stage_ops import ChunkOps
@@ -52,32 +53,48 @@ ROWS = PartitionSpec(None, STAGE)
 """How a table is split: each device has its column."""
 
 
-# For each lane of a table that of each group; `None` is padding.
-Dealt = list[tuple[int | None, ...]]
+class Dealt(NamedTuple):
+  """A batch's lanes, dealt out to groups of devices.
+
+  Attributes:
+    plan: How sequences were cut into chunks.
+    lanes: All of the batch, on the host.
+    rows: For each lane of the table that of each group; `None` is padding.
+    sizes: How many chunks all groups run for each: those of the longest.
+  """
+
+  plan: ChunkPlan
+  lanes: list[LaneArrays]
+  rows: list[tuple[int | None, ...]]
+  sizes: tuple[int, ...]
 
 
 def deal_lanes(
-  layout: Layout, costs: Sequence[int], chunks: Sequence[int]
-) -> tuple[Dealt, tuple[int, ...]]:
-  """Deals lanes out to groups, those of like cost side by side.
+  layout: Layout,
+  model: Transformer,
+  examples: Sequence[Example],
+  options: Options,
+) -> Dealt:
+  """Plans a batch and deals its lanes out, those of like cost side by side.
 
-  Args:
-    layout: The groups.
-    costs: Of each lane.
-    chunks: How many each lane has.
-
-  Returns:
-    The lanes, and how many chunks all groups run for each: those of the
-    longest.
+  Raises:
+    ValueError: A token is not in the vocabulary.
   """
+  plan, lanes = executor.plan_lanes(model, examples, options.chunk_size)
+  live = options.live_chunks
+  costs = plan_cost(
+    model.cfg, plan, live_chunks=live, strategy="chunk_outer"
+  ).lanes
   groups = math.prod(getattr(layout, axis) for axis in GROUPS)
   order = sorted(range(len(costs)), key=lambda n: -costs[n])
-  rows: Dealt = []
+  rows: list[tuple[int | None, ...]] = []
   for start in range(0, len(order), groups):
     row: list[int | None] = list(order[start : start + groups])
     rows.append((*row, *[None] * (groups - len(row))))
-  sizes = [max(chunks[n] for n in row if n is not None) for row in rows]
-  return rows, tuple(sizes)
+  sizes = [
+    max(lanes[n].num_chunks for n in row if n is not None) for row in rows
+  ]
+  return Dealt(plan, lanes, rows, tuple(sizes))
 
 
 def accumulate_stages(
@@ -109,21 +126,15 @@ def accumulate_stages(
   """
   check_stages(layout, model.cfg, options)
   mesh = layout.mesh() if mesh is None else mesh
-  plan, lanes = executor.plan_lanes(model, examples, options.chunk_size)
-  costs = plan_cost(
-    model.cfg,
-    plan,
-    live_chunks=options.live_chunks,
-    strategy="chunk_outer",
-  )
-  chunks = [lane.num_chunks for lane in lanes]
-  dealt, sizes = deal_lanes(layout, costs.lanes, chunks)
-  whole = Lanes(sizes, options.live_chunks)
+  dealt = deal_lanes(layout, model, examples, options)
+  whole = Lanes(dealt.sizes, options.live_chunks)
   table = layout.pipeline.table(layout.stage, whole)
   check_table(table)
   ready = _Ready.of(layout, model, table, options, mesh)
   lane = place_chunks(
-    *(model, whole, dealt, lanes, options.chunk_size), ready.static.room, mesh
+    *(model, whole, dealt.rows, dealt.lanes, options.chunk_size),
+    ready.static.room,
+    mesh,
   )
   totals = zero_totals(mesh, options, ready.shards)(ready.model)
   rows, ticks = place_rows(table, ready.static, mesh)
@@ -148,7 +159,7 @@ def accumulate_stages(
     grads = staging.unstaged(options.trainable, grads)
     grads = _stored(layout, model, options, mesh, spread, grads)
   weight = executor.weight_of(examples)
-  return Sums(loss, weight, options.trainable.state(grads), plan)
+  return Sums(loss, weight, options.trainable.state(grads), dealt.plan)
 
 
 def _stored(
@@ -308,10 +319,7 @@ class _Ready(NamedTuple):
     stored = static.shards
     if layout.gather == "step":
       static = static._replace(shards=stored.gathered())
-    leaves, treedef = jax.tree.flatten(staged)
-    specs = [static.shards.spec(n) for n in range(len(leaves))]
-    placed = jax.device_put(leaves, [NamedSharding(mesh, s) for s in specs])
-    return cls(jax.tree.unflatten(treedef, placed), stored, static)
+    return cls(static.shards.put(staged, mesh), stored, static)
 
 
 @functools.partial(
@@ -447,7 +455,7 @@ def place_rows(table: Table, static: Static, mesh: Mesh) -> tuple[Array, Array]:
 def place_chunks(
   model: Transformer,
   whole: Lanes,
-  dealt: Dealt,
+  dealt: Sequence[tuple[int | None, ...]],
   lanes: Sequence[LaneArrays],
   chunk_size: int,
   room: Room,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxchunk.chunking.trainable import Trainable
@@ -111,6 +111,12 @@ class Shards:
       "layer": max(layers, default=0),
       "step": sum(groups.values()),
     }
+
+  def put(self, model: Transformer, mesh: Mesh) -> Transformer:
+    """The model on the devices of a mesh, each with its parts."""
+    leaves, treedef = jax.tree.flatten(model)
+    places = [NamedSharding(mesh, self.spec(n)) for n in range(len(leaves))]
+    return jax.tree.unflatten(treedef, jax.device_put(leaves, places))
 
   @property
   def lockstep(self) -> frozenset[str]:

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxchunk.chunking.chunk import Chunk
-from jaxchunk.chunking.ops import Slots, Stage, States, load, store
+from jaxchunk.chunking.ops import Slots, Stage, States
+from jaxchunk.chunking.slots import load, store
 from jaxchunk.chunking.spans import Span, over_layers, put
 from jaxchunk.chunking.trainable import Subset, widened
 from jaxchunk.kernels.vma import vary_like, zeros_like_type

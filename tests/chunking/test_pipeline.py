@@ -24,8 +24,10 @@ from jaxchunk.models.adapters import add_lora
 from jaxchunk.models.lora import LoRA
 from jaxchunk.models.moe import MoE
 from jaxchunk.sharding.mesh import Layout
+from jaxchunk.sharding.pipeline.measure import Clock
 from jaxchunk.sharding.pipeline.table import Lanes, Placement
 from jaxchunk.sharding.pipeline.tables import BUILDERS, Pipeline, one_f_one_b
+from jaxchunk.sharding.pipeline.timeline import check_timeline
 from jaxchunk.sharding.rules import Rules
 from jaxchunk.sharding.state import KVContext
 from jaxchunk.types import Batch
@@ -237,6 +239,31 @@ def test_what_cannot_run_says_why(layout, options, error, message):
   examples = Batch.of(make_batch(_LONG)).examples()
   with pytest.raises(error, match=message):
     pipeline.accumulate_stages(layout, model, examples, options, mesh=mesh)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_a_clock_notes_the_table_that_ran(schedule):
+  """Every operation once, in order, none on two devices before its input."""
+  layout = Layout(stage=2, pipeline=Pipeline(schedule=schedule))
+  model, clock = build(_SMALL, "float32"), Clock()
+  options = executor.make_options(model, chunk_size=16, strategy="chunk_outer")
+  examples = Batch.of(make_batch(_LONG)).examples()
+  mesh = layout.mesh(jax.devices()[:2])
+  sums = pipeline.accumulate_stages(
+    layout, model, examples, options, mesh=mesh, clock=clock
+  )
+  jax.block_until_ready(sums.grads)
+  dealt = pipeline.deal_lanes(layout, model, examples, options)
+  table = layout.pipeline.table(2, Lanes(dealt.sizes, 1))
+  timeline = clock.timeline(table)
+  check_timeline(table, timeline)
+  ends = {span[1:4]: span.stop for span in timeline.spans}
+  for span in timeline.spans:
+    assert span.start < span.stop
+    if span.kind == "B" and span.stage == 0:
+      assert ends["B", 1, span.item] < span.start
+  with pytest.raises(ValueError, match="run it once, behind `clear`"):
+    clock.timeline(layout.pipeline.table(2, 1))
 
 
 def test_a_schedule_that_there_is_not():
